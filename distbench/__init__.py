@@ -1,0 +1,45 @@
+"""distbench: collective-synchronized inference loops, with time that can be proven.
+
+    import distbench
+
+    run = distbench.run_offline(lambda indices: [f(i) for i in indices])
+    print(run.report())
+
+Names are resolved on first use, so ``import distbench`` loads neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from distbench.offline import run_offline
+    from distbench.run import Run, load_run
+    from distbench.sut import Done, SystemUnderTest
+    from distbench.world import World, join
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Done": "distbench.sut",
+    "Run": "distbench.run",
+    "SystemUnderTest": "distbench.sut",
+    "World": "distbench.world",
+    "join": "distbench.world",
+    "load_run": "distbench.run",
+    "run_offline": "distbench.offline",
+}
+
+__all__ = ["Done", "Run", "SystemUnderTest", "World", "join", "load_run", "run_offline"]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'distbench' has no attribute {name!r}")
+    return getattr(importlib.import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,26 @@
+"""`python -m distbench` lists the commands."""
+
+from __future__ import annotations
+
+import sys
+
+COMMANDS = {
+    "offline": "every sample at once: samples/s over all ranks",
+    "verify": "recompute every figure of a result directory and check every hash",
+    "salvage": "make a report from whatever rank folders are left",
+}
+
+
+def main() -> int:
+    """Print the commands; returns the exit status."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [
+        f"  python -m distbench.{name.ljust(width)}  {what}" for name, what in COMMANDS.items()
+    ]
+    sys.stdout.write("distbench measures inference on nodes that work together\n\n")
+    sys.stdout.write("\n".join(lines) + "\n\nEach takes --help.\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

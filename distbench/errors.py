@@ -1,0 +1,55 @@
+"""Every error distbench raises on purpose.
+
+    DistbenchError            exit 1   something broke; the sentence says where
+    |- UsageError             exit 2   options, files or hosts that cannot be used as asked
+    |- IncompleteError        exit 6   a rank, a disk or an interrupt ended the run early
+    |- ClockError             exit 1   two clocks gave answers that contradict each other
+
+Each message is one sentence a user can act on: host, rank, value, limit, remedy. Only ``main``
+functions turn an error into an exit status; the library raises.
+"""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_USAGE = 2
+EXIT_STRICT = 3
+EXIT_INCOMPLETE = 6
+EXIT_INTERRUPTED = 130
+
+
+class DistbenchError(Exception):
+    """Base of every error raised on purpose; ``exit_code`` is what a command ends with."""
+
+    exit_code = EXIT_CRASH
+
+
+class UsageError(DistbenchError):
+    """The command, a file or a host cannot be used as asked."""
+
+    exit_code = EXIT_USAGE
+
+
+class IncompleteError(DistbenchError):
+    """The run ended early, and what was measured until then was kept."""
+
+    exit_code = EXIT_INCOMPLETE
+
+
+class ClockError(DistbenchError):
+    """Exchanges between two clocks contradict each other, so no offset can be stated."""
+
+
+def where(rank: int, host: str) -> str:
+    """Name a rank as every message does.
+
+    Args:
+        rank: global rank.
+        host: hostname of the rank.
+
+    Example:
+        >>> where(1, "jw3")
+        'rank 1 (jw3)'
+    """
+    return f"rank {rank} ({host})"

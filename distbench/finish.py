@@ -1,0 +1,168 @@
+"""The end of every run: check outputs, gather, judge, write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from distbench import files
+from distbench.errors import IncompleteError, where
+from distbench.record import Recorder, write_report
+from distbench.run import RankRecord, Run, load_run, rank_folder, write_rank
+from distbench.sut import SystemUnderTest, run_indices
+
+if TYPE_CHECKING:
+    from distbench.world import World
+
+TOLERANCE = 1e-3
+"""Relative difference of float outputs between batch sizes in fp32; bf16 is compared by 2e-2."""
+
+
+def accuracy_pass(
+    sut: SystemUnderTest, world: World, batch_size: int
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Score this rank's share of the model's held-out samples, untimed.
+
+    Returns:
+        The score with its fraction or the reason for none, and the outputs by sample index.
+    """
+    held_out, score = getattr(sut, "held_out", None), getattr(sut, "score", None)
+    if held_out is None or score is None:
+        digest = str(getattr(sut, "digest", ""))
+        reason = (
+            f"the weights are {digest}: performance only"
+            if digest.startswith("random")
+            else "the model has no held-out samples to score"
+        )
+        return {"right": 0, "of": 0, "reason": reason}, {}
+    mine = np.ascontiguousarray(held_out[world.rank :: world.world_size], np.int64)
+    if len(mine) == 0:
+        return {"right": 0, "of": 0, "reason": ""}, {}
+    try:
+        outputs = run_indices(sut, mine, batch_size)
+        right, scored = score(mine, outputs)
+    except Exception as error:  # the user's model; what was measured must outlive it
+        reason = f"the accuracy pass failed on {where(world.rank, world.host)}: {error!r}"
+        return {"right": 0, "of": 0, "reason": reason}, {}
+    by_index = dict(zip(mine.tolist(), outputs, strict=True))
+    return {"right": float(right), "of": float(scored), "reason": ""}, by_index
+
+
+def check_outputs(
+    kept: dict[int, Any], indices_of: dict[int, Sequence[int]], accurate: dict[int, Any]
+) -> dict[str, int]:
+    """Check the outputs that were kept from the window.
+
+    Args:
+        kept: outputs by the group's row; None where the group did not end well.
+        indices_of: sample indices of each kept group.
+        accurate: outputs of the accuracy pass by sample index.
+
+    Returns:
+        Counts: groups checked, non_finite groups, outputs compared, outputs different.
+    """
+    counts = {"groups": 0, "non_finite": 0, "compared": 0, "different": 0}
+    for row, outputs in kept.items():
+        if outputs is None:
+            continue
+        counts["groups"] += 1
+        counts["non_finite"] += not all_finite(outputs)
+        for index, output in zip(indices_of[row], outputs, strict=False):
+            if index in accurate:
+                counts["compared"] += 1
+                counts["different"] += not alike(output, accurate[index])
+    return counts
+
+
+def all_finite(outputs: Any) -> bool:
+    """Tell whether all numbers among the outputs are finite; what is not a number passes."""
+    try:
+        values = np.asarray(outputs)
+    except (TypeError, ValueError, RuntimeError):
+        return all(all_finite(each) for each in outputs)
+    if values.dtype.kind in "fc":
+        return bool(np.isfinite(values).all())
+    if values.dtype.kind == "O":
+        return all(math.isfinite(v) for v in values.flat if isinstance(v, float))
+    return True
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Tell whether two outputs for one sample agree: exactly, or within rounding for floats."""
+    a, b = np.asarray(one), np.asarray(other)
+    if a.shape != b.shape:
+        return False
+    if a.dtype.kind == "f":
+        scale = float(np.abs(b).max(initial=0.0))
+        return bool(np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * scale))
+    return bool((a == b).all())
+
+
+def finish(world: World, recorder: Recorder, before: dict[str, Any]) -> Run:
+    """Save this rank's folder, all-gather, and on rank 0 judge and write the result directory.
+
+    Args:
+        world: all ranks; all call it.
+        recorder: the window, its ``after`` complete.
+        before: this rank's rank.json.
+
+    Returns:
+        The run with all ranks' records, on every rank.
+
+    Raises:
+        IncompleteError: rank 0's disk refused the result; the samples are on the ranks' disks.
+    """
+    problem = recorder.disk_error
+    try:
+        recorder.save_after()
+    except OSError as error:
+        problem = f"{recorder.folder.own} could not be written: {error.strerror or error}"
+    world.side.meet("gather")
+    told = world.gather_json([before, recorder.after, problem])
+    rows = world.gather_rows(recorder.log.rows[: recorder.after["used"]])
+    world.side.meet("gathered")
+    records = tuple(
+        RankRecord(rank, told[rank][0], told[rank][1], rows[rank], told[rank][2])
+        for rank in range(world.world_size)
+    )
+    path = recorder.folder.path
+    failure = ""
+    if world.rank == 0:
+        failure = _write(path, records)
+    world.side.meet("written")
+    if failure:
+        raise IncompleteError(failure)
+    return Run(world.world_size, records, path if world.rank == 0 else None)
+
+
+def _write(path: Path, records: Sequence[RankRecord]) -> str:
+    """Complete the result directory on rank 0's disk; returns what went wrong, "" for nothing."""
+    try:
+        for record in records:
+            own = rank_folder(path, record.rank)
+            # The name of the directory is unique, so a folder that is here came over a shared disk.
+            if not (own / "done.json").exists():
+                write_rank(own, record)
+        write_report(path)
+    except OSError as error:
+        run = Run(len(records), tuple(records))
+        return (
+            f"rank 0 ({records[0].host}) could not complete {path}: {error.strerror or error}; "
+            "each rank's samples are in its own folder: free space, then run `python -m "
+            f"distbench.salvage {path}`. What was measured:\n{run.report()}"
+        )
+    return ""
+
+
+def read_back(path: Path) -> dict[str, Any]:
+    """Return the result.json of a directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    load_run(path)
+    return dict(files.read_json(path / "result.json"))

@@ -1,0 +1,106 @@
+"""Models by name, and the user's own by MODULE:FACTORY."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distbench.cli import nearest, positive, positive_duration_ns
+from distbench.errors import DistbenchError, UsageError
+from distbench.sut import Echo, FromCallable, Sleep, SystemUnderTest
+
+if TYPE_CHECKING:
+    from distbench.world import World
+
+OPTIONS = {
+    "digits": {"width": positive, "depth": positive},
+    "sleep": {"per_sample": positive_duration_ns},
+    "echo": {},
+}
+"""Embedded models and the options each takes after its name."""
+
+
+def check_model(spec: str) -> str:
+    """Check what --model was given as far as that needs no torch; returns it unchanged.
+
+    Raises:
+        UsageError: an unknown name (the nearest is named), or an unusable option of a model.
+    """
+    if ":" not in spec:
+        split_model(spec)
+    elif spec.startswith("hf:"):
+        raise UsageError("models of the hf: kind are not in this version; use MODULE:FACTORY")
+    elif not all(spec.partition(":")[::2]):
+        raise UsageError(f"{spec!r} names no factory: write MODULE:FACTORY, such as mine:build")
+    return spec
+
+
+def split_model(spec: str) -> tuple[str, dict[str, Any]]:
+    """Split NAME[,key=value...] and read the values.
+
+    Raises:
+        UsageError: the name or an option is unknown, or a value is unusable.
+    """
+    name, *pairs = spec.split(",")
+    if name not in OPTIONS:
+        raise UsageError(
+            f"there is no model {name!r}{nearest(name, list(OPTIONS))}; there are "
+            f"{', '.join(OPTIONS)}, or your own as MODULE:FACTORY"
+        )
+    values = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if key not in OPTIONS[name] or not equals:
+            known = ", ".join(f"{k}=..." for k in OPTIONS[name]) or "none"
+            raise UsageError(f"model {name} takes no {pair!r}; it takes {known}")
+        try:
+            values[key] = OPTIONS[name][key](text)
+        except UsageError as error:
+            raise UsageError(f"model {name}, {key}: {error}") from None
+    return name, values
+
+
+def load_model(spec: str, world: World, batch_size: int) -> SystemUnderTest:
+    """Build the system under test that --model names.
+
+    Args:
+        spec: NAME[,key=value...] or MODULE:FACTORY.
+        world: this rank's place; given to the factory.
+        batch_size: largest group that will be issued.
+
+    Raises:
+        UsageError: the model cannot be built; the sentence names the model and the reason.
+    """
+    if ":" in spec:
+        return _from_factory(spec, world)
+    name, values = split_model(spec)
+    if name == "echo":
+        return Echo()
+    if name == "sleep":
+        return Sleep(values.get("per_sample", 1_000_000), now=world.now)
+    from distbench.models.digits import build  # noqa: PLC0415  torch, and only where it is used
+
+    return build(world.device, batch_size, now=world.now, **values)
+
+
+def _from_factory(spec: str, world: World) -> SystemUnderTest:
+    module_name, _, attribute = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        made = getattr(importlib.import_module(module_name), attribute)(world)
+    except DistbenchError:
+        raise
+    except Exception as error:
+        raise UsageError(f"model {spec} could not be built: {error!r}") from error
+    if hasattr(made, "issue") and hasattr(made, "poll"):
+        return made  # type: ignore[no-any-return]
+    if callable(made):
+        return FromCallable(made)
+    raise UsageError(
+        f"model {spec}: the factory returned {type(made).__name__}, which is neither a "
+        "SystemUnderTest (issue, poll, ...) nor a function of sample indices"
+    )

@@ -1,0 +1,96 @@
+"""The embedded digits: images, labels and which of them no training step has seen.
+
+Two files lie beside this module, both pinned by SHA-256: ``digits.npz`` with the data and
+``digits_w32.npz`` with the trained weights. A file is read once, hashed, and only then decoded, so
+a number that distbench prints for this model always belongs to these very bytes. Needs no torch.
+
+The held-out part is a random fifth of the images. The same 13 people wrote both parts, so the
+accuracy on it says that a system computes the right thing, not how it does on new handwriting.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.errors import UsageError
+from distbench.files import sha256
+
+DATA_FILE = "digits.npz"
+WEIGHTS_FILE = "digits_w32.npz"
+
+SHA256: dict[str, str] = {
+    DATA_FILE: "05f288dd5ddfa8ef0817954b5287bde371752771beb2a18a3e42b4a1168ec413",
+    WEIGHTS_FILE: "0000000000000000000000000000000000000000000000000000000000000000",
+}
+"""The only content either file may have; ``train_digits`` prints the digests to put here."""
+
+
+@dataclass(frozen=True, eq=False)
+class DigitsData:
+    """Every image with its label, and the rows on which accuracy may be stated.
+
+    Attributes:
+        images: shape (1797, 8, 8), uint8, 0 (paper) to 16 (ink); rows from top to bottom.
+        labels: shape (1797,), uint8, the digit 0 to 9.
+        held_out: shape (360,), int32, sorted indices into both; the other 1,437 were trained on.
+    """
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    held_out: NDArray[np.int32]
+
+
+def read_data(folder: Path | None = None) -> DigitsData:
+    """Read the digits.
+
+    Args:
+        folder: where ``digits.npz`` lies; None is the installed package.
+
+    Returns:
+        The data, in fresh arrays.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not the pinned one.
+    """
+    arrays = read_pinned(DATA_FILE, folder)
+    return DigitsData(arrays["images"], arrays["labels"], arrays["held_out"])
+
+
+def read_pinned(name: str, folder: Path | None = None) -> dict[str, NDArray[Any]]:
+    """Read one of the two embedded files, refusing any content but the pinned one.
+
+    Args:
+        name: ``DATA_FILE`` or ``WEIGHTS_FILE``.
+        folder: where the file lies; None is the installed package.
+
+    Returns:
+        The arrays by name, with the shapes and dtypes of the file.
+
+    Raises:
+        UsageError: the file is missing, unreadable or not the pinned one; the sentence gives the
+            file, the digest expected, what was found and the remedy.
+    """
+    path = (Path(__file__).parent if folder is None else folder) / name
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _refusal(path, error.strerror or str(error)) from error
+    found = sha256(content)
+    if found != SHA256[name]:
+        raise _refusal(path, f"sha256 {found}")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def _refusal(path: Path, found: str) -> UsageError:
+    expected = SHA256[path.name]
+    return UsageError(
+        f"{path} is not the file that distbench ships: expected sha256 {expected}, "
+        f"found {found}; reinstall distbench"
+    )

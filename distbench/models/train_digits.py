@@ -1,0 +1,214 @@
+"""Make the two embedded files of the digits model again.
+
+    python -m distbench.models.train_digits --out DIR                   digits_w32.npz
+    python -m distbench.models.train_digits --out DIR --from-sklearn    digits.npz
+
+Training takes about a minute of one CPU core and needs torch, numpy and the shipped ``digits.npz``.
+It is one run with one seed: the weights after the last epoch are the result, and the held-out
+images are looked at once, after that. The same torch on the same kind of CPU gives the same bytes;
+elsewhere the sums round differently and the digest will be another. ``SHA256`` in ``digits_data``
+holds the digests that are printed at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from distbench.files import sha256_file
+from distbench.models.digits_data import DATA_FILE, WEIGHTS_FILE, DigitsData, read_data
+from distbench.models.digits_net import TRAINED_DEPTH, TRAINED_WIDTH, DigitsNet, random_net
+
+SEED = 0
+HELD_OUT = 360
+EPOCHS = 60
+BATCH_SIZE = 64
+PEAK_LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 1e-2
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write one of the files and print its digest, and for the weights the held-out accuracy.
+
+    Args:
+        argv: the command line without the program; None is the process's own.
+    """
+    parser = argparse.ArgumentParser(prog="python -m distbench.models.train_digits")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument(
+        "--from-sklearn",
+        action="store_true",
+        help=f"write {DATA_FILE} from scikit-learn's copy instead of training",
+    )
+    options = parser.parse_args(argv)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.from_sklearn:
+        write(options.out / DATA_FILE, data_from_sklearn())
+        return
+    torch.set_num_threads(1)  # the order of sums, and with it the last bit, depends on the threads
+    data = read_data()
+    weights = train(data)
+    right = count_right(weights, data)
+    sys.stdout.write(f"held out: {right}/{len(data.held_out)} right\n")
+    write(options.out / WEIGHTS_FILE, weights)
+
+
+def data_from_sklearn() -> dict[str, NDArray[Any]]:
+    """Take the digits from scikit-learn and draw the held-out rows.
+
+    Returns:
+        The arrays of ``digits.npz``, as ``DigitsData`` describes them.
+    """
+    from sklearn.datasets import load_digits  # noqa: PLC0415  # a source, not a dependency
+
+    bunch = load_digits()
+    order = np.random.default_rng(SEED).permutation(len(bunch.target))
+    return {
+        "images": bunch.images.astype(np.uint8),
+        "labels": bunch.target.astype(np.uint8),
+        "held_out": np.sort(order[:HELD_OUT]).astype(np.int32),
+    }
+
+
+def train(data: DigitsData) -> dict[str, NDArray[Any]]:
+    """Train on the rows that are not held out.
+
+    AdamW under a one-cycle learning rate, on images shifted by up to one pixel each way.
+
+    Args:
+        data: the digits.
+
+    Returns:
+        The arrays of ``digits_w32.npz``: the state of a ``DigitsNet`` by name, float16, with the
+        batch norms folded in.
+    """
+    kept = np.setdiff1d(np.arange(len(data.labels)), data.held_out)
+    images = torch.from_numpy(data.images[kept])
+    labels = torch.from_numpy(data.labels[kept]).long()
+    net = random_net(TRAINED_WIDTH, TRAINED_DEPTH, SEED)
+    net.layers = with_batch_norms(net.layers)
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer,
+        PEAK_LEARNING_RATE,
+        epochs=EPOCHS,
+        steps_per_epoch=-(-len(kept) // BATCH_SIZE),
+    )
+    generator = torch.Generator().manual_seed(SEED)
+    for _ in range(EPOCHS):
+        for rows in batches(len(kept), generator):
+            logits = net(shift(images[rows], generator))
+            loss = nn.functional.cross_entropy(logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    net.layers = without_batch_norms(net.layers.eval())
+    return {name: tensor.half().numpy() for name, tensor in net.state_dict().items()}
+
+
+def count_right(weights: dict[str, NDArray[Any]], data: DigitsData) -> int:
+    """Count the held-out images that float16 weights, used as float32, get right.
+
+    Args:
+        weights: as ``train`` returns them.
+        data: the digits.
+
+    Returns:
+        The count.
+    """
+    net = DigitsNet(TRAINED_WIDTH, TRAINED_DEPTH)
+    net.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
+    with torch.inference_mode():
+        answers = net(torch.from_numpy(data.images[data.held_out])).argmax(dim=1).numpy()
+    return int(np.count_nonzero(answers == data.labels[data.held_out]))
+
+
+def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Deal the rows of one epoch.
+
+    Args:
+        count: number of rows.
+        generator: shuffles them.
+
+    Yields:
+        Row numbers, shape (up to ``BATCH_SIZE``,), int64; each row once.
+    """
+    yield from torch.randperm(count, generator=generator).split(BATCH_SIZE)
+
+
+def shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Move each image by -1, 0 or 1 pixel down and right; paper comes in at the edges.
+
+    Args:
+        images: shape (n, 8, 8), uint8, 0 to 16.
+        generator: draws the shifts.
+
+    Returns:
+        The moved images, same shape, dtype and range.
+    """
+    side = images.shape[-1]
+    windows = nn.functional.pad(images, (1, 1, 1, 1)).unfold(1, side, 1).unfold(2, side, 1)
+    down, right = torch.randint(0, 3, (2, len(images)), generator=generator)
+    return windows[torch.arange(len(images)), down, right]
+
+
+def with_batch_norms(layers: nn.Sequential) -> nn.Sequential:
+    """Put a new batch norm behind each convolution.
+
+    Args:
+        layers: convolutions and ReLUs; the result shares them.
+
+    Returns:
+        The layers to train.
+    """
+    trained: list[nn.Module] = []
+    for layer in layers:
+        trained.append(layer)
+        if isinstance(layer, nn.Conv2d):
+            trained.append(nn.BatchNorm2d(layer.out_channels))
+    return nn.Sequential(*trained)
+
+
+def without_batch_norms(layers: nn.Sequential) -> nn.Sequential:
+    """Fold each batch norm into the convolution before it; the inverse of ``with_batch_norms``.
+
+    Args:
+        layers: as trained, in eval mode.
+
+    Returns:
+        Layers that compute the same.
+    """
+    folded: list[nn.Module] = []
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            convolution = folded.pop()
+            assert isinstance(convolution, nn.Conv2d)
+            folded.append(fuse_conv_bn_eval(convolution, layer))
+        else:
+            folded.append(layer)
+    return nn.Sequential(*folded)
+
+
+def write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+    """Write a compressed .npz and print its name, size and digest.
+
+    Args:
+        path: the file.
+        arrays: its content by name.
+    """
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    sys.stdout.write(f"{path}: {path.stat().st_size} bytes, sha256 {sha256_file(path)}\n")
+
+
+if __name__ == "__main__":
+    main()

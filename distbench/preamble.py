@@ -1,0 +1,192 @@
+"""Do all ranks run the same thing, and what does a reader need to repeat it?"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import distbench
+from distbench.environment import describe
+from distbench.files import to_json
+from distbench.gpus import foreign_processes, memory_peak_bytes, nvml_snapshot
+from distbench.prepare import Settings, Warmup
+from distbench.run import SCHEMA_VERSION
+from distbench.sut import SystemUnderTest
+from distbench.verdict import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from distbench.record import Folder
+    from distbench.world import World
+
+FREE_OPTIONS = ("quiet",)
+"""Options that may differ between ranks: they change nothing that is measured."""
+
+
+def agree_on_run(world: World, sut: SystemUnderTest, settings: Settings) -> None:
+    """Compare versions, options and model between all ranks.
+
+    Raises:
+        UsageError: they differ; names what, the ranks, both values and the remedy.
+    """
+    import torch  # noqa: PLC0415
+
+    versions = {
+        "distbench's version": distbench.__version__,
+        "torch's version": torch.__version__,
+        "Python's version": platform.python_version(),
+        "numpy's version": np.__version__,
+    }
+    world.agree("versions", versions, "install the same versions on every node")
+    options = {
+        f"--{name.replace('_', '-')}": each["value"]
+        for name, each in settings.config.items()
+        if name not in FREE_OPTIONS
+    }
+    options |= {
+        name: value
+        for name, value in asdict(settings).items()
+        if name not in ("config", "command", *FREE_OPTIONS) and not settings.config
+    }
+    world.agree("options", options, "start every node with the same command line")
+    model = {"the model's weights": digest_of(sut), "the model's number of samples": sut.total}
+    world.agree("model", model, "give every node the same model files")
+
+
+def digest_of(sut: SystemUnderTest) -> str:
+    """Return what the SUT says its weights are, "" where it does not."""
+    return str(getattr(sut, "digest", ""))
+
+
+def describe_rank(
+    world: World,
+    sut: SystemUnderTest,
+    settings: Settings,
+    folder: Folder,
+    warm: Warmup,
+    harness: dict[str, Any],
+    columns: Sequence[str],
+    rates: Sequence[float],
+    cut: bool,
+) -> dict[str, Any]:
+    """Return this rank's rank.json: everything known before the window."""
+    snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
+    findings = [asdict(finding) for finding in world.findings] if world.rank == 0 else []
+    if world.rank == 0:
+        findings += [asdict(finding) for finding in _planned(settings, rates, cut)]
+    side = world.side
+    told = side.meet(
+        "first:exchanges",
+        b"",
+        lambda _: to_json({str(r): exchanges_of(world, r) for r in side.leaders()}),
+    )
+    leader = side.leader_of(world.rank)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "scenario": "offline",
+        "run_id": folder.run_id,
+        "started_utc": folder.started_utc,
+        "rank": world.rank,
+        "world_size": world.world_size,
+        "local_rank": world.local_rank,
+        "node": world.node,
+        "host": world.host,
+        "replica": world.replica,
+        "active": True,
+        "device": asdict(world.device),
+        "backend": world.backend,
+        "interface": None if world.interface is None else asdict(world.interface),
+        "columns": list(columns),
+        "config": settings.config or _plain_config(settings),
+        "duration_ns": None if settings.num_samples is not None else settings.duration_ns,
+        "command": settings.command,
+        "model": {
+            "name": settings.model_name or type(sut).__name__,
+            "digest": digest_of(sut),
+            "total": sut.total,
+            "depth": sut.depth,
+        },
+        "warmup": {
+            "rate_qps": warm.rate_qps,
+            "slowest_group_ns": warm.slowest_group_ns,
+            "groups": warm.groups,
+        },
+        "harness": harness,
+        "clock": {
+            "domain": side.seats[world.rank].domain,
+            "leader": leader,
+            "exchanges": json.loads(told).get(str(leader), []),
+        },
+        "environment": describe(world.device),
+        "gpu_before": snapshot,
+        "foreign_before": _foreign(snapshot),
+        "findings": findings,
+    }
+
+
+def exchanges_of(world: World, leader: int) -> list[list[int]]:
+    """On rank 0: return what was measured with one domain's leader, as lists of integers."""
+    return [
+        [e.at_ns, e.offset_ns, e.bound_ns, e.round_trip_ns, e.trips]
+        for e in world.side.exchanges.get(leader, [])
+    ]
+
+
+def describe_after(world: World) -> dict[str, Any]:
+    """Return what is read after the window: all exchanges (rank 0), memory, the GPU's state."""
+    snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
+    leaders = world.side.leaders() if world.rank == 0 else []
+    return {
+        "exchanges": {str(leader): exchanges_of(world, leader) for leader in leaders},
+        "memory_peak_bytes": memory_peak_bytes(world.device),
+        "gpu_after": snapshot,
+        "foreign_after": _foreign(snapshot),
+    }
+
+
+def _foreign(snapshot: dict[str, Any] | None) -> list[int]:
+    """Return the processes on this rank's GPU that are not this one."""
+    if snapshot is None:
+        return []
+    return foreign_processes(snapshot, [os.getpid()], context_open=True)
+
+
+def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Finding]:
+    found = []
+    if cut:
+        found.append(
+            Finding(
+                "info",
+                "samples-capped",
+                "the number of samples was cut to what is gathered at once, so the window is "
+                "shorter than --duration asks for",
+                remedy="give a shorter --duration to be rid of this note",
+            )
+        )
+    if settings.shares == "rate":
+        shown = ", ".join(f"{rate:.5g}" for rate in rates[:16])
+        found.append(
+            Finding(
+                "info",
+                "shares-by-rate",
+                f"shares are in proportion to the warm-up rates ({shown} samples/s), so throughput "
+                "is that of a balanced load, not of even shards",
+            )
+        )
+    return found
+
+
+def _plain_config(settings: Settings) -> dict[str, Any]:
+    """Return the ``config`` section of a run that was started from a script."""
+    skipped = ("config", "command", "model_name")
+    return {
+        name: {"value": value, "origin": "script"}
+        for name, value in asdict(settings).items()
+        if name not in skipped
+    }

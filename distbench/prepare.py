@@ -1,0 +1,243 @@
+"""Before a window: what to run, how often, in which order; warm-up, and what the loop itself costs.
+
+Nothing here is timed for a report; it fixes all that the timed loop must not decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from distbench.clock import Now
+from distbench.errors import UsageError
+from distbench.samples import SampleLog
+from distbench.sut import Done, Indices, SystemUnderTest
+
+SAMPLE_LIMIT = 10_000_000
+"""Samples of all ranks that are gathered; above it a run would need another way."""
+KEPT_GROUPS = 256
+"""Groups of a rank whose outputs are kept and checked afterwards."""
+HEADROOM = 1.1
+"""A window planned from the warm-up rate rather lasts a little too long than too short."""
+HARNESS_BATCHES, HARNESS_BLOCKS = 400, 15
+
+Loop = Callable[
+    [SystemUnderTest, SampleLog, Iterable[tuple[int, Indices]], dict[int, Any], list[str], Now],
+    None,
+]
+"""A scenario's timed loop, such as ``offline.offline_loop``."""
+
+ALL_COLUMNS = (
+    "index",
+    "scheduled",
+    "issued",
+    "started",
+    "finished",
+    "completed",
+    "device",
+    "count",
+)
+_AT = {name: place for place, name in enumerate(ALL_COLUMNS)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to run Offline; see ``run_offline`` for the meaning of each."""
+
+    batch_size: int = 32
+    duration_ns: int = 5_000_000_000
+    num_samples: int | None = None
+    warmup_ns: int = 1_000_000_000
+    seed: int = 0
+    shares: str = "even"
+    timeout_ns: int | None = None
+    output_dir: str = "results"
+    name: str = ""
+    quiet: bool = False
+    config: dict[str, Any] = field(default_factory=dict)
+    command: str = ""
+    model_name: str = ""
+
+
+@dataclass(frozen=True)
+class Warmup:
+    """What the warm-up showed.
+
+    Attributes:
+        rate_qps: samples/s over its second half.
+        slowest_group_ns: longest group, from issue to completion.
+        groups: groups it ran.
+        columns: optional columns that this SUT fills.
+    """
+
+    rate_qps: float
+    slowest_group_ns: int
+    groups: int
+    columns: tuple[str, ...]
+
+
+def warm_up(
+    loop: Loop,
+    sut: SystemUnderTest,
+    shapes: Sequence[int],
+    least_ns: int,
+    order: Indices,
+    now: Now,
+) -> Warmup:
+    """Run every batch size that the window will use, for ``least_ns`` at least, and drain.
+
+    Args:
+        loop: the scenario's.
+        sut: loaded.
+        shapes: batch sizes, the usual one first; a first group of each may compile something.
+        least_ns: how long at least.
+        order: sample indices to draw from.
+        now: the clock.
+
+    Raises:
+        UsageError: a group failed.
+    """
+    usual, columns, slowest, groups = shapes[0], set[str](), 0, 0
+    begin = now()
+    half: tuple[int, int] | None = None
+    ended_samples = 0
+    while True:
+        for size in shapes if groups == 0 else (usual,):
+            indices = np.resize(order, size)
+            log = SampleLog.in_memory(size, ALL_COLUMNS)
+            errors: list[str] = []
+            loop(sut, log, [(0, indices)], {}, errors, now)
+            if errors:
+                raise UsageError(f"the model failed in warm-up at batch size {size}: {errors[0]}")
+            columns |= {c for c in ("started", "finished", "device") if log.rows[0, _AT[c]] > 0}
+            slowest = max(slowest, int(log.completed[0] - log.issued[0]))
+            groups += 1
+            ended_samples += size
+        elapsed = now() - begin
+        if half is None and elapsed >= least_ns // 2:
+            half = (now(), ended_samples)
+        if half is not None and elapsed >= least_ns and ended_samples > half[1]:
+            rate = (ended_samples - half[1]) / max(now() - half[0], 1) * 1e9
+            return Warmup(rate, slowest, groups, tuple(sorted(columns)))
+
+
+def share_out(total: int, rank: int, rates: Sequence[float] | None, world_size: int) -> int:
+    """Return how many of ``total`` samples a rank gets.
+
+    Args:
+        total: samples of all ranks.
+        rank: whose share.
+        rates: warm-up rates for shares in proportion, None for even ones.
+        world_size: number of ranks.
+    """
+    weights = np.ones(world_size) if rates is None else np.asarray(rates, float)
+    edges = np.rint(np.concatenate(([0.0], np.cumsum(weights))) / weights.sum() * total)
+    return int(edges[rank + 1] - edges[rank])
+
+
+def plan_samples(settings: Settings, rates: Sequence[float]) -> tuple[list[int], bool]:
+    """Fix each rank's number of samples before the window.
+
+    Args:
+        settings: --num-samples, or --duration times the warm-up rate times 1.1.
+        rates: warm-up rate of each rank, samples/s.
+
+    Returns:
+        Samples of each rank, and whether ``SAMPLE_LIMIT`` cut them.
+    """
+    size, batch = len(rates), settings.batch_size
+    uneven = rates if settings.shares == "rate" else None
+    if settings.num_samples is not None:
+        total = settings.num_samples
+        return [share_out(total, r, uneven, size) for r in range(size)], False
+    seconds = settings.duration_ns / 1e9 * HEADROOM
+    own = list(rates) if uneven else [min(rates)] * size
+    # Whole batches: the window then uses one shape.
+    planned = [max(1, int(np.ceil(rate * seconds / batch))) * batch for rate in own]
+    if sum(planned) <= SAMPLE_LIMIT:
+        return planned, False
+    cut = SAMPLE_LIMIT / sum(planned)
+    return [max(1, int(n * cut) // batch) * batch for n in planned], True
+
+
+class _Nothing:
+    """A SUT that does nothing; what a loop over it takes is the harness's own."""
+
+    def __init__(self, depth: int) -> None:
+        self.total = self.resident = 1
+        self.depth = depth
+        self._rows: list[Done] = []
+
+    def load(self, indices: Indices) -> None: ...
+    def unload(self, indices: Indices) -> None: ...
+    def issue(self, row: int, indices: Indices, data: Sequence[bytes] | None = None) -> None:
+        self._rows.append(Done(row, len(indices), indices))
+
+    def poll(self, until_ns: int) -> Sequence[Done]:
+        ended, self._rows = self._rows, []
+        return ended
+
+    def close(self) -> None: ...
+
+
+def measure_harness(loop: Loop, depth: int, batch_size: int, now: Now) -> dict[str, Any]:
+    """Time the loop over a SUT that does nothing, in blocks that alternate with bare clock reads.
+
+    Args:
+        loop: the scenario's.
+        depth: of the SUT that will be measured.
+        batch_size: rows of a group.
+        now: the clock.
+
+    Returns:
+        Raw block times in ns (``loop_ns``, ``clock_ns``) with ``batches`` and ``reads`` a block.
+    """
+    log = SampleLog.in_memory(HARNESS_BATCHES * batch_size, ALL_COLUMNS)
+    indices = np.arange(HARNESS_BATCHES * batch_size)
+    loops, clocks = [], []
+    for _ in range(HARNESS_BLOCKS):
+        begin = now()
+        loop(_Nothing(depth), log, groups_of(indices, batch_size), {}, [], now)
+        loops.append(now() - begin)
+        begin = now()
+        for _ in range(HARNESS_BATCHES):
+            now()
+        clocks.append(now() - begin)
+    return {
+        "loop_ns": loops,
+        "clock_ns": clocks,
+        "batches": HARNESS_BATCHES,
+        "reads": HARNESS_BATCHES,
+    }
+
+
+def groups_of(order: Indices, batch_size: int) -> Iterable[tuple[int, Indices]]:
+    """Yield (first row, sample indices) of each group; views of ``order``, nothing is copied."""
+    for row in range(0, len(order), batch_size):
+        yield row, order[row : row + batch_size]
+
+
+def sample_order(total: int, first: int, count: int, seed: int) -> Indices:
+    """Return the sample indices of a shard: a seeded permutation of the data, over and over.
+
+    Args:
+        total: sample indices are 0 .. total-1.
+        first: position of the shard's first sample among those of all ranks.
+        count: samples of the shard.
+        seed: of the permutation.
+
+    Returns:
+        Shape (count,), int64.
+    """
+    once = np.random.default_rng(seed).permutation(total).astype(np.int64)
+    return once[np.arange(first, first + count) % total]
+
+
+def choose_kept(rows: int, batch_size: int, seed: int) -> dict[int, Any]:
+    """Choose up to ``KEPT_GROUPS`` groups whose outputs are kept; keys are their first rows."""
+    groups = -(-rows // batch_size)
+    chosen = np.random.default_rng(seed).permutation(groups)[:KEPT_GROUPS]
+    return dict.fromkeys(sorted((chosen * batch_size).tolist()))

@@ -1,0 +1,254 @@
+"""What a rank writes: its folder before the window, its log in it, the rest after or at the end.
+
+The folder is on the rank's own disk. Whatever happens to the others, a completed sample is in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distbench import files
+from distbench.errors import UsageError, where
+from distbench.liveness import End
+from distbench.run import load_run, rank_folder, write_done, write_manifest
+from distbench.samples import SampleLog
+
+if TYPE_CHECKING:
+    from distbench.world import World
+
+OTHERS_S = 2.0
+"""How long the reporting rank waits for the other survivors' files at an early end."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where one rank stores one window.
+
+    Attributes:
+        run_id: name of the result directory.
+        path: the result directory.
+        own: this rank's folder in it.
+        started_utc: when the name was given, ISO 8601.
+    """
+
+    run_id: str
+    path: Path
+    own: Path
+    started_utc: str
+
+
+def open_folder(world: World, output_dir: str, scenario: str, name: str) -> Folder:
+    """Make this rank's folder in a new result directory whose name rank 0 gives; all ranks call it.
+
+    Args:
+        world: all ranks.
+        output_dir: where result directories go.
+        scenario: part of the name.
+        name: replaces the scenario in the name where given.
+
+    Raises:
+        UsageError: a rank cannot write there; nothing is left behind.
+    """
+    started = datetime.now(timezone.utc)
+    label = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or scenario)
+    run_id = f"{started:%Y%m%dT%H%M%SZ}-{label}-{secrets.token_hex(4)}"
+    run_id, utc = world.gather_json([run_id, started.isoformat(timespec="seconds")])[0]
+    path = Path(output_dir).expanduser().absolute() / run_id
+    folder = Folder(run_id, path, rank_folder(path, world.rank), utc)
+    problem = None
+    try:
+        folder.own.mkdir(parents=True)
+        files.write_bytes(folder.own / "probe", b"x" * 4096)
+        (folder.own / "probe").unlink()
+    except OSError as error:
+        problem = UsageError(
+            f"{where(world.rank, world.host)} cannot write to {output_dir}: "
+            f"{error.strerror or error}; give another --output-dir"
+        )
+    try:
+        world.check("output", problem)
+    except UsageError:
+        discard(folder)
+        raise
+    return folder
+
+
+def discard(folder: Folder) -> None:
+    """Remove this rank's folder, and the result directory once it is empty."""
+    shutil.rmtree(folder.own, ignore_errors=True)
+    for path in (folder.own.parent, folder.path):
+        with contextlib.suppress(OSError):
+            path.rmdir()
+
+
+class Recorder:
+    """Keeps a window's log safe while the loop runs, and saves it if the run ends early.
+
+    Attributes:
+        folder: where.
+        log: the samples; rows behind the loop are flushed once a second.
+        stride: rows from one group's first row to the next one's.
+        after: what is known so far of after.json.
+        flying: whether the window is on.
+        show: called with the ended rows once a second, for progress.
+    """
+
+    def __init__(self, world: World, folder: Folder, log: SampleLog, stride: int) -> None:
+        self.world, self.folder, self.log, self.stride = world, folder, log, stride
+        self.after: dict[str, Any] = {
+            "rank": world.rank,
+            "used": log.capacity,
+            "started_ns": None,
+            "end": None,
+        }
+        self.flying = False
+        self.show: Callable[[int], None] = lambda _rows: None
+        self.disk_error = ""
+        self._flushed = 0
+        self._wanted = threading.Event()
+        self._closing = False
+        # fdatasync can take seconds on a busy disk, and the side thread must not miss a heartbeat.
+        self._flusher = threading.Thread(target=self._flush, name="distbench-flush", daemon=True)
+
+    def watch(self, stall_s: float) -> None:
+        """Let the side thread report progress, flush and, at an early end, save."""
+        side = self.world.side
+        side.progress = lambda: (self.log.progress(self.stride), self.flying)
+        side.on_tick = self._tick
+        side.stall_s = stall_s
+        self._tell = side.on_end
+        side.on_end = self.save_end
+        self._flusher.start()
+
+    def release(self) -> None:
+        """Stop flushing; the side thread goes on without this window."""
+        side = self.world.side
+        side.progress = lambda: (0, False)
+        side.on_tick = lambda: None
+        side.on_end = self._tell
+        side.stall_s = float("inf")
+        self._closing = True
+        self._wanted.set()
+        self._flusher.join(timeout=5)
+
+    def _tick(self) -> None:
+        if self.flying:
+            self._wanted.set()
+            self.show(self.log.progress(self.stride))
+
+    def _flush(self) -> None:
+        while not self._closing:
+            self._wanted.wait()
+            self._wanted.clear()
+            ended = self.log.progress(self.stride)
+            try:
+                self.log.flush(self._flushed, ended)
+            except OSError as error:
+                self.disk_error = f"samples.npy was not flushed: {error.strerror}"
+                return
+            self._flushed = ended
+
+    def save_after(self) -> None:
+        """Write after.json and done.json.
+
+        Raises:
+            OSError: the disk is full; the samples are safe in their allocated file.
+        """
+        files.write_json(self.folder.own / "after.json", self.after)
+        write_done(self.folder.own)
+
+    def save_end(self, end: End) -> None:
+        """Save what there is, and report INCOMPLETE; called by the side thread, or on the way out.
+
+        Every survivor saves its own folder; the lowest one also judges what it can see.
+        """
+        self.after["end"] = asdict(end)
+        with contextlib.suppress(OSError):
+            self.log.flush(0, self.log.progress(self.stride))
+        try:
+            self.save_after()
+            others = [r for r in range(self.world.world_size) if r != end.rank]
+            if self.world.rank == min(others, default=0):
+                self._await_others(end)
+                sys.stdout.write(write_report(self.folder.path))
+        except OSError as error:
+            sys.stderr.write(
+                f"distbench: {where(self.world.rank, self.world.host)} could not write to "
+                f"{self.folder.own}: {error.strerror or error}; its samples are in samples.npy\n"
+            )
+        self._tell(end)
+
+    def _await_others(self, end: End) -> None:
+        deadline = time.monotonic() + OTHERS_S
+        others = [
+            path
+            for path in self.folder.own.parent.iterdir()
+            if int(path.name) not in (end.rank, self.world.rank)
+        ]
+        while time.monotonic() < deadline:
+            if all((path / "done.json").exists() for path in others):
+                return
+            time.sleep(0.05)
+
+
+def write_report(path: Path) -> str:
+    """Judge a result directory from its rank folders and write result.json, report.txt, manifest.
+
+    Args:
+        path: the result directory.
+
+    Returns:
+        The text report.
+
+    Raises:
+        UsageError: no rank folder is readable.
+        OSError: the disk is full.
+    """
+    from distbench.report.text import to_text  # noqa: PLC0415
+
+    result = load_run(path).result()
+    text = to_text(result)
+    files.write_json(path / "result.json", result)
+    files.write_bytes(path / "report.txt", text.encode())
+    write_manifest(path)
+    return text
+
+
+def progress_line(total: int, quiet: bool) -> Any:
+    """Return a function that shows ended rows on stderr: tqdm on a terminal, else a line each 10 s.
+
+    Args:
+        total: rows of this rank.
+        quiet: show nothing.
+    """
+    if quiet:
+        return lambda _rows: None
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+
+        bar = tqdm(total=total, unit="sample", leave=False, mininterval=0.9)
+        return lambda rows: bar.update(rows - bar.n)
+    last = [time.monotonic()]
+
+    def line(rows: int) -> None:
+        if time.monotonic() - last[0] >= 10:
+            last[0] = time.monotonic()
+            sys.stderr.write(f"distbench: rank 0 completed {rows:,} of {total:,} samples\n")
+
+    return line
+
+
+def process_facts() -> dict[str, Any]:
+    """Return what identifies this process: its id and its working folder's name."""
+    return {"pid": os.getpid(), "python": sys.executable}

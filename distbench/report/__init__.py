@@ -1,0 +1,1 @@
+"""Result -> text: one module per format."""

@@ -1,0 +1,253 @@
+"""Run: all that one window recorded, in memory and as a result directory.
+
+    results/<UTC time>-<scenario>-<8 hex>/
+        result.json report.txt manifest.sha256
+        ranks/00000/  rank.json      written before the window
+                      samples.npy    the SampleLog itself
+                      after.json     written after it
+                      done.json      sha256 of the other files of this rank
+        ranks/00001/  ...
+
+Every figure in ``result.json`` is a function of the rank folders alone (``metrics``, ``verdict``),
+which is what ``verify`` recomputes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench import files
+from distbench.clock import ClockModel, Exchange
+from distbench.errors import UsageError
+from distbench.samples import npy_bytes, read_rows, spread_column
+
+SCHEMA_VERSION = 1
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RankRecord:
+    """What one rank left.
+
+    Attributes:
+        rank: global rank.
+        before: rank.json: options, environment, model, warm-up, first clock exchange.
+        after: after.json: start plan, stamps, second exchange, counts; None where it is missing.
+        rows: shape (used, columns), int64, as in samples.npy: a group's stamps in its first row;
+            None where the file is missing or damaged.
+        problem: why something is None, "" otherwise.
+    """
+
+    rank: int
+    before: dict[str, Any]
+    after: dict[str, Any] | None
+    rows: Rows | None
+    problem: str = ""
+
+    @property
+    def host(self) -> str:
+        """The rank's hostname."""
+        return str(self.before["host"])
+
+    def column(self, name: str) -> Rows:
+        """Return one column for every sample, stamps spread over their groups; shape (used,)."""
+        if self.rows is None:
+            return np.zeros(0, np.int64)
+        return spread_column(self.rows, self.before["columns"], name)
+
+    def first_rows(self, name: str) -> Rows:
+        """Return one column for every ended group; shape (groups,)."""
+        if self.rows is None or name not in self.before["columns"]:
+            return np.zeros(0, np.int64)
+        columns = self.before["columns"]
+        ended = (self.rows[:, columns.index("count")] > 0) & (
+            self.rows[:, columns.index("completed")] >= 0
+        )
+        return np.asarray(self.rows[ended, columns.index(name)])
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that one window recorded.
+
+    Attributes:
+        world_size: ranks that took part.
+        records: one per rank in order; None where a rank left nothing.
+        folder: where it is stored; None while it is only in memory.
+    """
+
+    world_size: int
+    records: tuple[RankRecord | None, ...]
+    folder: Path | None = None
+
+    @property
+    def first(self) -> RankRecord:
+        """The record of the lowest rank that left one."""
+        return next(r for r in self.records if r is not None)
+
+    @property
+    def present(self) -> list[RankRecord]:
+        """The records there are."""
+        return [r for r in self.records if r is not None]
+
+    @property
+    def missing(self) -> list[int]:
+        """Ranks that left nothing."""
+        return [rank for rank, record in enumerate(self.records) if record is None]
+
+    @property
+    def scenario(self) -> str:
+        """Name of the scenario."""
+        return str(self.first.before["scenario"])
+
+    def clock(self, record: RankRecord) -> ClockModel | None:
+        """Return a rank's clock against rank 0's; None where no exchange with it is left.
+
+        All exchanges come from rank 0's after.json; without that file, from the rank's own
+        rank.json, which has those made before the window.
+        """
+        own = record.before["clock"]
+        if own["leader"] == 0:
+            return ClockModel()
+        zero = self.records[0]
+        after = zero.after if zero is not None else None
+        kept = (after or {}).get("exchanges", {}).get(str(own["leader"]), own["exchanges"])
+        if not kept:
+            return None
+        return ClockModel.fit([Exchange(*numbers) for numbers in kept])
+
+    def result(self) -> dict[str, Any]:
+        """Judge the run: the content of result.json."""
+        from distbench.verdict import result  # noqa: PLC0415  verdict builds on Run
+
+        return result(self)
+
+    def report(self) -> str:
+        """Judge the run and return the text report."""
+        from distbench.report.text import to_text  # noqa: PLC0415
+
+        return to_text(self.result())
+
+
+def rank_folder(folder: Path, rank: int) -> Path:
+    """Return the folder of one rank."""
+    return folder / "ranks" / f"{rank:05d}"
+
+
+def load_run(folder: Path | str) -> Run:
+    """Read a result directory.
+
+    A folder that is damaged or lacks files gives a record that says so; judging the run then says
+    INCOMPLETE.
+
+    Args:
+        folder: a result directory.
+
+    Raises:
+        UsageError: there is no readable rank folder in it at all.
+    """
+    folder = Path(folder)
+    found = {int(path.name): path for path in _rank_folders(folder)}
+    records: dict[int, RankRecord] = {}
+    problems: list[str] = []
+    for rank, path in sorted(found.items()):
+        try:
+            records[rank] = read_record(path)
+        except UsageError as error:
+            problems.append(str(error))
+    if not records:
+        raise UsageError(
+            f"{folder} holds no readable rank folder (ranks/00000 and so on"
+            f"{'; ' + problems[0] if problems else ''}): give a result directory of distbench"
+        )
+    sizes = {int(record.before["world_size"]) for record in records.values()}
+    runs = {record.before["run_id"] for record in records.values()}
+    if len(sizes) > 1 or len(runs) > 1:
+        raise UsageError(
+            f"{folder} mixes rank folders of different runs: {', '.join(sorted(runs))}"
+        )
+    size = sizes.pop()
+    return Run(size, tuple(records.get(rank) for rank in range(size)), folder)
+
+
+def _rank_folders(folder: Path) -> list[Path]:
+    try:
+        return [p for p in (folder / "ranks").iterdir() if p.name.isdigit() and p.is_dir()]
+    except OSError as error:
+        raise UsageError(
+            f"{folder} is no result directory: {error.strerror or error} (ranks/ inside it)"
+        ) from error
+
+
+def read_record(path: Path) -> RankRecord:
+    """Read one rank's folder.
+
+    Raises:
+        UsageError: rank.json is missing or damaged, so nothing else can be understood.
+    """
+    before = files.read_json(path / "rank.json")
+    try:
+        rank, columns, version = int(before["rank"]), before["columns"], before["schema_version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{path / 'rank.json'} lacks {error}") from error
+    if version != SCHEMA_VERSION:
+        raise UsageError(
+            f"{path / 'rank.json'} has schema version {version}; this distbench reads "
+            f"{SCHEMA_VERSION}: use the version that wrote it"
+        )
+    after: dict[str, Any] | None = None
+    rows: Rows | None = None
+    problem = ""
+    try:
+        after = files.read_json(path / "after.json")
+    except UsageError as error:
+        problem = str(error)
+    try:
+        rows = read_rows(path / "samples.npy", columns)
+        rows = rows[: int(after["used"])] if after is not None else rows
+    except UsageError as error:
+        problem = str(error)
+    return RankRecord(rank, before, after, rows, problem)
+
+
+def write_rank(path: Path, record: RankRecord) -> None:
+    """Write another rank's folder from what was gathered; its done.json proves the copy.
+
+    Args:
+        path: the rank's folder; made here.
+        record: complete, and with the ``done`` document under ``after["done"]`` removed already.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    files.write_json(path / "rank.json", record.before)
+    if record.rows is not None:
+        files.write_bytes(path / "samples.npy", npy_bytes(record.rows))
+    if record.after is not None:
+        files.write_json(path / "after.json", record.after)
+    write_done(path)
+
+
+def write_done(path: Path) -> dict[str, str]:
+    """Write done.json: the SHA-256 of every other file of a rank's folder; returns them by name."""
+    names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+    hashes = {name: files.sha256_file(path / name) for name in names if name != "done.json"}
+    files.write_json(path / "done.json", {"files": hashes})
+    return hashes
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.sha256, the hash of every file of a result directory, as sha256sum does."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    lines = [
+        f"{files.sha256_file(path)}  {path.relative_to(folder)}\n"
+        for path in paths
+        if path.name != "manifest.sha256"
+    ]
+    files.write_bytes(folder / "manifest.sha256", "".join(lines).encode())

@@ -1,0 +1,65 @@
+"""Make an INCOMPLETE report from whatever rank folders are left.
+
+    python -m distbench.salvage DIR...
+
+DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
+the first lacks are copied into it. Then result.json, report.txt and manifest.sha256 are written
+there. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from distbench.cli import run_command
+from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
+from distbench.record import write_report
+from distbench.run import load_run, read_record
+
+
+def merge(folders: Sequence[Path]) -> Path:
+    """Copy into the first directory the rank folders that it lacks.
+
+    Args:
+        folders: result directories of one run, from several hosts.
+
+    Returns:
+        The first directory.
+
+    Raises:
+        UsageError: a folder is unreadable or of another run.
+    """
+    target = folders[0]
+    run_id = load_run(target).first.before["run_id"]
+    for other in folders[1:]:
+        for path in sorted((other / "ranks").glob("[0-9]*")):
+            own = target / "ranks" / path.name
+            if own.exists():
+                continue
+            found = read_record(path).before["run_id"]
+            if found != run_id:
+                raise UsageError(f"{path} is of run {found}, {target} of {run_id}: do not mix them")
+            shutil.copytree(path, own)
+    return target
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; returns the exit status."""
+    if not argv or "--help" in argv or "-h" in argv:
+        sys.stdout.write((__doc__ or "") + "\n")
+        return EXIT_OK if argv else EXIT_USAGE
+    target = merge([Path(name) for name in argv])
+    try:
+        sys.stdout.write(write_report(target))
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror or error}") from error
+    sys.stdout.write(f"results  {target}\n")
+    status = load_run(target).result()["verdict"]["status"]
+    return EXIT_INCOMPLETE if status == "INCOMPLETE" else EXIT_OK
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,253 @@
+"""One rank's samples: int64 columns in a mapped file that outlives the process.
+
+A row is one sample. A group (what one ``issue`` carries) is a run of consecutive rows, of which the
+loop fills the first, ``count`` with it; ``spread_column`` copies stamps over the others. The file
+is a plain ``.npy`` of shape (capacity, columns), int64, C order: one row of eight columns is one
+cache line, so the stores of a group touch one line, and what is finished is one range of the file.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import mmap
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.errors import UsageError
+
+PENDING = -1
+"""``completed`` of a row that has not ended."""
+FAILED = -2
+"""``completed`` of a row whose group ended with an error."""
+
+COLUMNS = (
+    "index",
+    "scheduled",
+    "ready",
+    "issued",
+    "started",
+    "finished",
+    "completed",
+    "device",
+    "count",
+    "served_by",
+    "tokens",
+    "first_token",
+)
+"""Every column there is, in file order; a log has those that its scenario fills.
+
+index: sample index. scheduled, ready, issued, started, finished, completed, first_token: ns on this
+rank's clock. device: device time of the group, ns. count: rows of the group, in its first row,
+else 0. served_by: rank. tokens: tokens of the row.
+"""
+
+SPREAD = ("issued", "started", "finished", "completed", "served_by")
+"""Columns whose value in a group's first row holds for every row of the group."""
+
+Array = NDArray[np.int64]
+MS_SYNC = 4
+
+
+class SampleLog:
+    """The samples of one rank in one window.
+
+    Each column is an attribute: a view of shape (capacity,), int64, into one mapped array. Columns
+    that were not asked for are absent, so that a loop which stores into one fails at its first row.
+
+    Attributes:
+        columns: names of the columns, in file order.
+        rows: shape (capacity, len(columns)), int64; the mapped array itself.
+    """
+
+    index: Array
+    scheduled: Array
+    ready: Array
+    issued: Array
+    started: Array
+    finished: Array
+    completed: Array
+    device: Array
+    count: Array
+
+    def __init__(self, rows: Array, columns: Sequence[str]) -> None:
+        self.columns = tuple(columns)
+        self.rows = rows
+        for position, name in enumerate(self.columns):
+            setattr(self, name, rows[:, position])
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows."""
+        return len(self.rows)
+
+    @classmethod
+    def in_memory(cls, capacity: int, columns: Sequence[str]) -> SampleLog:
+        """Make a log without a file, for warm-up and for measuring the harness.
+
+        Args:
+            capacity: rows.
+            columns: names out of ``COLUMNS``.
+        """
+        rows = np.zeros((capacity, len(columns)), np.int64)
+        return cls(rows, columns)._cleared()
+
+    @classmethod
+    def create(cls, path: Path, capacity: int, columns: Sequence[str]) -> SampleLog:
+        """Make a log whose rows are a file, every block of it allocated and touched.
+
+        A sparse mapped file dies by SIGBUS when the disk fills up; an allocated one cannot.
+
+        Args:
+            path: the ``.npy`` to make; must not exist.
+            capacity: rows.
+            columns: names out of ``COLUMNS``.
+
+        Raises:
+            UsageError: the disk has no room, or the file cannot be made; the sentence names the
+                size and what to change.
+        """
+        header = _npy_header(capacity, len(columns))
+        size = len(header) + 8 * capacity * len(columns)
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be made: {error.strerror}") from error
+        try:
+            os.posix_fallocate(fd, 0, size)
+            os.pwrite(fd, header, 0)
+            mapped = mmap.mmap(fd, size)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UsageError(
+                    f"{path.parent} has no room for {capacity} samples ({size / 1e6:.1f} MB): "
+                    "free space there, choose another --output-dir or fewer samples "
+                    "(--num-samples, --duration)"
+                ) from error
+            raise UsageError(f"{path} cannot be allocated: {error.strerror}") from error
+        finally:
+            os.close(fd)
+        rows = np.frombuffer(mapped, np.int64, offset=len(header)).reshape(capacity, len(columns))
+        return cls(rows, columns)._cleared()
+
+    def _cleared(self) -> SampleLog:
+        self.rows[:] = 0
+        if "completed" in self.columns:
+            self.completed[:] = PENDING
+        return self
+
+    def progress(self, stride: int = 1) -> int:
+        """Return how many rows have ended, to within the groups in flight.
+
+        Bisects the first rows of the groups, which end nearly in order: about 25 element reads, so
+        a side thread may ask once a second in the window.
+
+        Args:
+            stride: rows from one group's first row to the next one's, where all are alike.
+        """
+        ended = self.completed[::stride]
+        low, high = 0, len(ended)
+        while low < high:
+            middle = (low + high) // 2
+            if ended[middle] == PENDING:
+                high = middle
+            else:
+                low = middle + 1
+        return min(low * stride, self.capacity)
+
+    def flush(self, first_row: int, last_row: int) -> None:
+        """Write finished rows to the disk and wait for it; call from a thread of its own.
+
+        Only rows behind the loop are written: the pages ahead stay dirty and mapped, so the loop
+        takes no page fault for them.
+
+        Args:
+            first_row: first row to write.
+            last_row: one past the last row to write.
+
+        Raises:
+            OSError: the disk refused the data.
+        """
+        if last_row <= first_row or self.capacity == 0:
+            return
+        width = self.rows.strides[0]
+        base = self.rows.ctypes.data
+        begin = base + first_row * width
+        begin -= begin % mmap.PAGESIZE
+        length = base + last_row * width - begin
+        libc = ctypes.CDLL(None, use_errno=True)
+        # ctypes lets go of the interpreter lock here, which mmap.flush does not in every Python.
+        if libc.msync(ctypes.c_void_p(begin), ctypes.c_size_t(length), MS_SYNC) != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+
+
+def spread_column(rows: Array, columns: Sequence[str], name: str) -> Array:
+    """Return one column for every sample, a group's stamp copied from its first row to the rest.
+
+    ``index``, ``scheduled`` and ``ready`` belong to each sample and are returned as they stand;
+    ``count`` and ``device`` belong to the group and stay in its first row.
+
+    Args:
+        rows: shape (n, len(columns)), int64; not changed.
+        columns: names of the columns; ``count`` and ``completed`` among them.
+        name: the column to return.
+
+    Returns:
+        Shape (n,), int64, a copy.
+    """
+    column = rows[:, list(columns).index(name)].copy()
+    if name not in SPREAD:
+        return column
+    count = rows[:, list(columns).index("count")]
+    ended = rows[:, list(columns).index("completed")] != PENDING
+    firsts = np.flatnonzero(ended & (count > 1))
+    lengths = np.minimum(count[firsts], len(rows) - firsts)
+    sources = np.repeat(firsts, lengths)
+    targets = sources + np.arange(len(sources)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    column[targets] = column[sources]
+    return column
+
+
+def _npy_header(rows: int, columns: int) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": "<i8", "fortran_order": False, "shape": (rows, columns)}
+    )
+    return buffer.getvalue()
+
+
+def npy_bytes(rows: Array) -> bytes:
+    """Return the ``.npy`` file of ``rows``, byte for byte as ``SampleLog.create`` lays it out."""
+    return _npy_header(*rows.shape) + np.ascontiguousarray(rows, "<i8").tobytes()
+
+
+def read_rows(path: Path, columns: Sequence[str]) -> Array:
+    """Read a rank's samples.
+
+    Args:
+        path: a ``samples.npy``.
+        columns: the columns it should have.
+
+    Returns:
+        Shape (n, len(columns)), int64; mapped copy-on-write, so the file is never changed.
+
+    Raises:
+        UsageError: the file is absent, cut short, or not of that shape.
+    """
+    try:
+        rows = np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from error
+    if rows.dtype != np.dtype("<i8") or rows.ndim != 2 or rows.shape[1] != len(columns):
+        raise UsageError(
+            f"{path} holds {rows.dtype} of shape {rows.shape}, not int64 rows of {len(columns)} "
+            "columns: it is not the samples file that this folder's rank.json describes"
+        )
+    return np.asarray(rows)

@@ -1,0 +1,183 @@
+"""Starting together: clocks are measured, an instant is agreed, and every rank wakes for it.
+
+A barrier lets ranks go one after the other, as its messages arrive. Here rank 0 names an instant a
+little ahead, each rank is told it on its own clock, sleeps until shortly before and spins over it.
+A rehearsal comes first: a rank that the scheduler held back makes it be repeated, up to
+``MAX_ATTEMPTS`` times; what the real start was is recorded in any case.
+
+Source: the window and round-time schemes of ReproMPI; Schuchart, Hunold and Bosilca, EuroMPI 2023.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distbench.clock import Now
+from distbench.metrics import LATE_NS
+
+if TYPE_CHECKING:
+    from distbench.world import World
+
+MAX_ATTEMPTS = 5
+MARGIN_NS = 50_000_000
+SPIN_LIMITS_NS = (200_000, 1_000_000)
+"""Shorter than 200 us and a sleep oversleeps it; a longer spin than 1 ms uses up the scheduler's
+slice before the instant comes."""
+PR_SET_TIMERSLACK = 29
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """The agreed instant.
+
+    Attributes:
+        reference_ns: on rank 0's clock.
+        local_ns: on this rank's clock.
+        attempts: rehearsals that were held.
+        rehearsals_ns: this rank's lateness in each.
+        margin_ns: how far ahead the instant was when it was named.
+    """
+
+    reference_ns: int
+    local_ns: int
+    attempts: int
+    rehearsals_ns: tuple[int, ...]
+    margin_ns: int
+
+
+def measure_spin_ns(now: Now) -> int:
+    """Return how long before an instant a sleep should end: twice the p90 of oversleeping, ns."""
+    overslept = []
+    for _ in range(20):
+        begin = now()
+        time.sleep(0.002)
+        overslept.append(now() - begin - 2_000_000)
+    low, high = SPIN_LIMITS_NS
+    return min(max(2 * sorted(overslept)[17], low), high)
+
+
+def set_timer_slack() -> None:
+    """Ask the kernel to wake this thread on time: 1 ns of slack in place of 50 us."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def wait_until(instant_ns: int, now: Now, spin_ns: int) -> int:
+    """Sleep until shortly before an instant, spin over it, and return the clock after it, ns."""
+    while (left := instant_ns - now() - spin_ns) > 0:
+        time.sleep(left / 1e9)
+    stamp = now()
+    while stamp < instant_ns:
+        stamp = now()
+    return stamp
+
+
+def synchronize(world: World, name: str) -> None:
+    """Measure all clocks against rank 0's now; every rank calls it and waits for the others.
+
+    Args:
+        world: all ranks.
+        name: names the place; used once in a run.
+    """
+    world.side.meet(f"{name}:here")
+    if world.rank == 0:
+        world.side.exchange_clocks()
+    world.side.meet(f"{name}:measured")
+
+
+def agree_start(world: World, name: str, spin_ns: int, extra_ns: int = 0) -> StartPlan:
+    """Agree on the instant at which all ranks begin, after a rehearsal that was on time.
+
+    Args:
+        world: all ranks; all call it.
+        name: names the window; used once in a run.
+        spin_ns: from ``measure_spin_ns``.
+        extra_ns: what this rank still has to do between the agreement and the instant.
+
+    Returns:
+        The plan; the caller waits for ``local_ns``.
+    """
+    synchronize(world, f"{name}:clocks")
+    instant, _ = _name_instant(world, f"{name}:0", [], extra_ns, final=False)
+    rehearsals: list[int] = []
+    while True:
+        rehearsals.append(wait_until(instant, world.now, spin_ns) - instant)
+        attempt = len(rehearsals)
+        instant, told = _name_instant(
+            world, f"{name}:{attempt}", rehearsals, extra_ns, final=attempt == MAX_ATTEMPTS
+        )
+        if told["final"]:
+            return StartPlan(told["at"], instant, attempt, tuple(rehearsals), told["margin"])
+
+
+def _name_instant(
+    world: World, place: str, rehearsals: list[int], extra_ns: int, *, final: bool
+) -> tuple[int, dict[str, int]]:
+    """Let rank 0 name the next instant; it is final when no rank was late in the rehearsal."""
+    side = world.side
+
+    def answer(payloads: list[bytes]) -> bytes:
+        brought = [json.loads(p) for p in payloads]
+        late = any(lateness > LATE_NS for lateness, _ in brought)
+        margin = MARGIN_NS + max(extra for _, extra in brought)
+        at = world.now() + margin
+        held = bool(rehearsals)
+        return json.dumps(
+            {
+                "at": at,
+                "local": [side.model(r).to_peer_ns(at) for r in range(world.world_size)],
+                "final": held and (final or not late),
+                "margin": margin,
+            }
+        ).encode()
+
+    brought = json.dumps([rehearsals[-1] if rehearsals else 0, extra_ns]).encode()
+    told = json.loads(side.meet(place, brought, answer))
+    return told["local"][world.rank], told
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep Python's garbage collector out of a window.
+
+    What exists is collected and frozen first; everything is restored after.
+    """
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+def interruptions() -> tuple[int, int]:
+    """Return what the scheduler has done to this thread so far.
+
+    Returns:
+        Involuntary switches, and ns spent ready to run without a processor; -1 where the kernel
+        does not say.
+    """
+    switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
+    try:
+        text = Path("/proc/thread-self/schedstat").read_text()
+        return switches, int(text.split()[1])
+    except (OSError, ValueError, IndexError):
+        return switches, -1
+
+
+def oversubscribed(local_ranks: int) -> bool:
+    """Tell whether more ranks run on this host than it lets them use processors."""
+    return local_ranks > len(os.sched_getaffinity(0))

@@ -1,0 +1,301 @@
+"""TCP links between rank 0 and every other rank: opened, guarded, proven, and framed.
+
+A link carries small frames: clock pings, heartbeats, meetings. It is opened on the interface that
+the ranks talk over, with TCP_NODELAY, and answers to a per-run random token. The token stops strays
+(another run, a port scanner); it does not stop an attacker who can read the network, and nothing
+that arrives is ever executed or unpickled: frames are integers, bytes and JSON.
+
+At opening 64 bytes and then 1 MiB go both ways, so that a path which loses large packets (an MTU
+fault) shows here, in seconds and with both MTUs named, and not as a hang in a later gather.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import struct
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from distbench.errors import DistbenchError, UsageError, where
+
+HEADER = struct.Struct("<BI")
+SMALL_ECHO_BYTES = 64
+LARGE_ECHO_BYTES = 1 << 20
+ECHO_TIMEOUT_S = 5.0
+"""1 MiB both ways takes 1.7 s at 10 Mbit/s; a path that needs longer cannot carry a gather."""
+FRAME_LIMIT_BYTES = 64 << 20
+HELLO_LIMIT_BYTES = 4096
+"""What is read from a caller before it has shown the token."""
+
+HELLO, ROSTER, ECHO, PING, PONG, HEART, ARRIVED, PASSED, LOST, FAILED, BYE = range(11)
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What every rank tells the others about itself when the links open.
+
+    Attributes:
+        rank: global rank.
+        host: hostname.
+        domain: name of its clock, from ``clock.clock_domain``.
+        interface: network interface, "" where unknown.
+        mtu: of that interface, bytes; 0 where unknown.
+    """
+
+    rank: int
+    host: str
+    domain: str
+    interface: str
+    mtu: int
+
+    def __str__(self) -> str:
+        return where(self.rank, self.host)
+
+
+class LinkClosed(DistbenchError):
+    """The other end of a link is gone, or sent something that is no frame."""
+
+
+class Link:
+    """One TCP connection to one rank; any thread may send, one thread receives.
+
+    Attributes:
+        seat: who is at the other end.
+        heard_ns: when the last frame arrived, on CLOCK_MONOTONIC; set by the receiving thread.
+    """
+
+    def __init__(self, connection: socket.socket, seat: Seat) -> None:
+        self.connection = connection
+        self.seat = seat
+        self.heard_ns = time.monotonic_ns()
+        self._sending = threading.Lock()
+        self._unread = bytearray()
+
+    def fileno(self) -> int:
+        """Return the socket's descriptor, for a selector."""
+        return self.connection.fileno()
+
+    def send(self, kind: int, payload: bytes = b"") -> None:
+        """Send one frame.
+
+        Raises:
+            LinkClosed: the other end is gone or has not read for the socket's timeout.
+        """
+        try:
+            with self._sending:
+                self.connection.sendall(HEADER.pack(kind, len(payload)) + payload)
+        except OSError as error:
+            raise LinkClosed(f"the link to {self.seat} broke: {error}") from error
+
+    def receive(self, limit_bytes: int = FRAME_LIMIT_BYTES) -> tuple[int, bytes]:
+        """Receive one frame; waits for the socket's timeout at most.
+
+        Returns:
+            The kind and the payload.
+
+        Raises:
+            TimeoutError: nothing, or only a part, arrived in time.
+            LinkClosed: the other end is gone, or the frame is longer than ``limit_bytes``.
+        """
+        self._fill(HEADER.size)
+        kind, size = HEADER.unpack_from(self._unread)
+        if size > limit_bytes:
+            raise LinkClosed(
+                f"{self.seat} sent a frame of {size} bytes; {limit_bytes} is the limit"
+            )
+        self._fill(HEADER.size + size)
+        payload = bytes(self._unread[HEADER.size : HEADER.size + size])
+        del self._unread[: HEADER.size + size]
+        self.heard_ns = time.monotonic_ns()
+        return kind, payload
+
+    def _fill(self, size: int) -> None:
+        """Read until ``size`` bytes wait; what came before a timeout is kept for the next call."""
+        while len(self._unread) < size:
+            try:
+                piece = self.connection.recv(min(size - len(self._unread), 1 << 20))
+            except TimeoutError:
+                raise
+            except OSError as error:
+                raise LinkClosed(f"the link to {self.seat} broke: {error}") from error
+            if not piece:
+                raise LinkClosed(f"{self.seat} closed its link")
+            self._unread += piece
+
+    def close(self) -> None:
+        """Close the connection; safe to call twice."""
+        self.connection.close()
+
+
+def interface_mtu(interface: str) -> int:
+    """Return an interface's MTU in bytes, 0 where it cannot be read."""
+    try:
+        return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def listen(address: str, backlog: int) -> socket.socket:
+    """Open the socket on which rank 0 takes the other ranks' links.
+
+    Args:
+        address: this host's address on the interface that the ranks talk over.
+        backlog: how many may call at once.
+
+    Raises:
+        UsageError: the address cannot be bound.
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    server = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        server.bind((address, 0))
+        server.listen(max(backlog, 16))
+    except OSError as error:
+        server.close()
+        raise UsageError(
+            f"rank 0 cannot listen on {address}: {error.strerror}; check the interface's address"
+        ) from error
+    return server
+
+
+def accept_links(
+    server: socket.socket, own: Seat, world_size: int, token: str, timeout_s: float
+) -> dict[int, Link]:
+    """Take one proven link from each other rank; rank 0's half of ``open_link``.
+
+    Args:
+        server: from ``listen``; stays open.
+        own: rank 0's seat.
+        world_size: number of ranks, rank 0 included.
+        token: the run's token.
+        timeout_s: how long all ranks together may take.
+
+    Returns:
+        The link of each rank 1 .. world_size-1.
+
+    Raises:
+        UsageError: ranks did not call in time, or a path loses large packets.
+    """
+    links: dict[int, Link] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(links) < world_size - 1:
+        server.settimeout(max(0.01, deadline - time.monotonic()))
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            absent = sorted(set(range(1, world_size)) - set(links))
+            raise UsageError(
+                f"ranks {absent} did not open their link to {own} within {timeout_s:.0f} s: "
+                "is every node started, and does a firewall let them connect to it?"
+            ) from None
+        link = _greet(connection, own, token)
+        if link is None or not 0 < link.seat.rank < world_size:
+            connection.close()  # a stray: another run, a scanner
+            continue
+        links[link.seat.rank] = link
+        _echo(link, own, answers=True)
+    return dict(sorted(links.items()))
+
+
+def open_link(
+    address: tuple[str, int], own: Seat, token: str, source: str, timeout_s: float
+) -> Link:
+    """Open and prove this rank's link to rank 0.
+
+    Args:
+        address: where rank 0 listens.
+        own: this rank's seat.
+        token: the run's token.
+        source: this host's address on the interface to use.
+        timeout_s: how long the connection may take.
+
+    Raises:
+        UsageError: rank 0 cannot be reached, or the path loses large packets.
+    """
+    try:
+        connection = socket.create_connection(address, timeout_s, (source, 0))
+    except OSError as error:
+        raise UsageError(
+            f"{own} cannot reach rank 0 at {address[0]} port {address[1]} from {source}: {error}; "
+            "a firewall between the nodes must let them connect to each other on any port"
+        ) from error
+    link = Link(_tuned(connection), Seat(0, address[0], "", "", 0))
+    try:
+        link.send(HELLO, json.dumps({"token": token, "seat": asdict(own)}).encode())
+        _, answer = link.receive(HELLO_LIMIT_BYTES)
+    except (TimeoutError, LinkClosed) as error:
+        raise UsageError(f"{own} reached rank 0 at {address[0]}, which hung up: {error}") from error
+    link.seat = read_seat(json.loads(answer))
+    _echo(link, own, answers=False)
+    return link
+
+
+def _tuned(connection: socket.socket) -> socket.socket:
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.settimeout(ECHO_TIMEOUT_S)
+    return connection
+
+
+def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
+    """Return the caller's link if it shows the token, else None."""
+    link = Link(_tuned(connection), Seat(-1, "?", "", "", 0))
+    try:
+        kind, payload = link.receive(HELLO_LIMIT_BYTES)
+        hello = json.loads(payload) if kind == HELLO else {}
+        if not hmac.compare_digest(str(hello.get("token")), token):
+            return None
+        link.seat = read_seat(hello["seat"])
+        link.send(HELLO, json.dumps(asdict(own)).encode())
+    except (TimeoutError, LinkClosed, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return link
+
+
+def _echo(link: Link, own: Seat, *, answers: bool) -> None:
+    for size in (SMALL_ECHO_BYTES, LARGE_ECHO_BYTES):
+        try:
+            if not answers:
+                link.send(ECHO, bytes(size))
+            _, echoed = link.receive(LARGE_ECHO_BYTES)
+            if len(echoed) != size:
+                raise LinkClosed(f"{link.seat} echoed {len(echoed)} of {size} bytes")
+            if answers:
+                link.send(ECHO, echoed)
+        except (TimeoutError, LinkClosed) as error:
+            small = size == SMALL_ECHO_BYTES
+            raise UsageError(_echo_sentence(link.seat, own, small)) from error
+
+
+def _echo_sentence(peer: Seat, own: Seat, small: bool) -> str:
+    if small:
+        return f"{own} and {peer} are connected, but 64 bytes did not come back in 5 s"
+    return (
+        f"1 MiB between {own} and {peer} did not come back within {ECHO_TIMEOUT_S:.0f} s although "
+        f"64 bytes did, so large packets are lost on the way: the MTU is {own.mtu} on "
+        f"{own.host} {own.interface} and {peer.mtu} on {peer.host} {peer.interface}; set both to "
+        "what the path carries (for example `ip link set dev "
+        f"{own.interface or 'eth0'} mtu 1400`), or mend the switch or tunnel between them"
+    )
+
+
+def read_seat(fields: dict[str, Any]) -> Seat:
+    """Read a ``Seat`` that a peer sent.
+
+    Raises:
+        ValueError: a field is missing or of the wrong kind.
+    """
+    try:
+        return Seat(
+            rank=int(fields["rank"]),
+            host=str(fields["host"]),
+            domain=str(fields["domain"]),
+            interface=str(fields["interface"]),
+            mtu=int(fields["mtu"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not a seat: {error}") from error
