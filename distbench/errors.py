@@ -20,9 +20,15 @@ EXIT_INTERRUPTED = 130
 
 
 class DistbenchError(Exception):
-    """Base of every error raised on purpose; ``exit_code`` is what a command ends with."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        exit_code: what a command ends with.
+        agreed: whether every rank raises it, so that none has to be told.
+    """
 
     exit_code = EXIT_CRASH
+    agreed = False
 
 
 class UsageError(DistbenchError):

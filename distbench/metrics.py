@@ -115,6 +115,9 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
     absent = run.missing + [r.rank for r in run.present if r.rows is None]
     if absent:
         return Makespan(None, None, None, f"samples of rank {_list(absent)} are missing")
+    cut = [r.rank for r in run.present if r.after is None or r.after["end"]]
+    if cut:
+        return Makespan(None, None, None, f"the window of rank {_list(cut)} was cut short")
     unclocked = [t.rank for t in times if t.finished_ref_ns is None or t.bound_ns is None]
     if unclocked:
         return Makespan(

@@ -147,12 +147,21 @@ def plan_samples(settings: Settings, rates: Sequence[float]) -> tuple[list[int],
 
     Returns:
         Samples of each rank, and whether ``SAMPLE_LIMIT`` cut them.
+
+    Raises:
+        UsageError: a rank would have none; all ranks raise it alike.
     """
     size, batch = len(rates), settings.batch_size
     uneven = rates if settings.shares == "rate" else None
     if settings.num_samples is not None:
         total = settings.num_samples
-        return [share_out(total, r, uneven, size) for r in range(size)], False
+        shares = [share_out(total, r, uneven, size) for r in range(size)]
+        if min(shares) == 0:
+            raise UsageError(
+                f"{total} samples leave rank {shares.index(0)} of {size} without any: give at "
+                "least one for each rank (--num-samples)"
+            )
+        return shares, False
     seconds = settings.duration_ns / 1e9 * HEADROOM
     own = list(rates) if uneven else [min(rates)] * size
     # Whole batches: the window then uses one shape.

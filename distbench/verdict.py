@@ -183,6 +183,8 @@ def findings(run: Run, times: list[RankTimes], span: Makespan) -> list[Finding]:
 
 def _losses(run: Run) -> list[Finding]:
     found = []
+    ends = [end for record in run.present if (end := (record.after or {}).get("end"))]
+    named = {end["rank"] for end in ends}
     for rank in run.missing:
         found.append(
             Finding(
@@ -197,9 +199,10 @@ def _losses(run: Run) -> list[Finding]:
     for record in run.present:
         end = (record.after or {}).get("end")
         if end:
-            code = "terminated" if end["code"] == "terminated" else "rank-lost"
-            found.append(Finding("incomplete", code, end["sentence"], end["rank"], end["host"]))
-        elif record.problem:
+            found.append(
+                Finding("incomplete", f"rank-{end['code']}", end["sentence"], end["rank"], end["host"])
+            )
+        elif record.problem and record.rank not in named:
             found.append(
                 Finding(
                     "incomplete",

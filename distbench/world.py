@@ -105,7 +105,7 @@ class World:
         if told:
             sentence, code = json.loads(told)
             error = UsageError(sentence)
-            error.exit_code = code
+            error.exit_code, error.agreed = code, True
             raise error
 
     def agree(self, place: str, values: dict[str, Any], remedy: str) -> None:
@@ -126,7 +126,9 @@ class World:
                 by_value.setdefault(json.dumps(each.get(name), sort_keys=True), []).append(rank)
             if len(by_value) > 1:
                 told = "; ".join(f"{v} on {self._named(r)}" for v, r in by_value.items())
-                raise UsageError(f"the ranks differ in {name} ({place}): {told}; {remedy}")
+                error = UsageError(f"the ranks differ in {name} ({place}): {told}; {remedy}")
+                error.agreed = True
+                raise error
 
     def _named(self, ranks: Sequence[int]) -> str:
         shown = ", ".join(where(r, self.hosts[r]) for r in ranks[:4])
@@ -253,7 +255,8 @@ def join(
             yield world
             side.meet("bye")
         except BaseException as error:
-            side.fail(error)
+            if not getattr(error, "agreed", False):
+                side.fail(error)
             raise
         finally:
             side.stop()
@@ -274,7 +277,11 @@ def record_error(error: BaseException) -> None:
             get_error_handler,
         )
 
-        get_error_handler().record_exception(error)
+        try:
+            # The handler shows the traceback of what is being handled: let that be the sentence.
+            raise error.with_traceback(None) from None
+        except BaseException as shown:
+            get_error_handler().record_exception(shown)
 
 
 def _catch_sigterm(stack: ExitStack, side: SideThread) -> None:

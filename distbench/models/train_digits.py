@@ -32,8 +32,8 @@ SEED = 0
 HELD_OUT = 360
 EPOCHS = 60
 BATCH_SIZE = 64
-PEAK_LEARNING_RATE = 3e-3
-WEIGHT_DECAY = 1e-2
+PEAK_LEARNING_RATE = 1e-2
+WEIGHT_DECAY = 0.1
 
 
 def main(argv: Sequence[str] | None = None) -> None:

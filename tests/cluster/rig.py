@@ -341,7 +341,7 @@ def main(args: list[str]) -> str:
             case ["keep", name, hosts_file, offset_ns]:
                 _keep(name, hosts_file, int(offset_ns))
     except OSError as error:
-        return f"rig {' '.join(args[:2])}: {error}"
+        return f"rig {' '.join(args[:2]).strip()}: {error}"
     return "usage: rig.py time-namespace OFFSET_NS -- COMMAND ..."
 
 

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-from rig import Hosts, available, time_namespace_argv
+
+from .rig import Hosts, available, time_namespace_argv
 
 pytestmark = [
     pytest.mark.timeout(60),
@@ -149,6 +150,14 @@ def machine():
         os.uname().nodename,
         Path("/etc/hosts").read_text(),
     )
+
+
+def test_available_says_what_is_missing(monkeypatch):
+    assert available() == ""
+    monkeypatch.setenv("PATH", "")
+    assert available.__wrapped__() == "The cluster rig needs `ip` (package iproute2)."
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert available.__wrapped__() == "The cluster rig needs root."
 
 
 # Time
