@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -210,6 +211,7 @@ def run_command(
     """
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()
     except DistbenchError as error:
         if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ValueError):
             traceback.print_exception(error.__cause__)
@@ -220,6 +222,8 @@ def run_command(
         sys.stderr.write("distbench: interrupted\n")
         status = EXIT_INTERRUPTED
     except BrokenPipeError:
+        # The reader went away. What is still buffered has nowhere to go either, at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_OK
     except Exception as error:
         traceback.print_exc()

@@ -174,7 +174,8 @@ class ClockModel:
         """Keep the exchanges that tighten the bound.
 
         An exchange made while the loop was busy can be far looser than its neighbours; it is left
-        out where the others, interpolated, are tighter at its own instant.
+        out where the others, interpolated, are at least as tight at every instant. Two instants
+        tell: its own, and the middle of its neighbours, where the wander between them is largest.
 
         Args:
             exchanges: any number, any order.
@@ -182,8 +183,11 @@ class ClockModel:
         kept = sorted(exchanges, key=_at)
         for exchange in sorted(kept[1:-1], key=lambda e: -e.bound_ns):
             here = bisect.bisect_left(kept, exchange.at_ns, key=_at)
-            neighbours = ClockModel((kept[here - 1], kept[here + 1]))
-            if neighbours.bound_ns(exchange.at_ns) <= exchange.bound_ns:
+            left, right = kept[here - 1], kept[here + 1]
+            without, middle = ClockModel((left, right)), (left.at_ns + right.at_ns) // 2
+            if without.bound_ns(exchange.at_ns) > exchange.bound_ns:
+                continue
+            if without.bound_ns(middle) <= ClockModel((left, exchange, right)).bound_ns(middle):
                 del kept[here]
         return ClockModel(tuple(kept))
 

@@ -63,7 +63,7 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes(), parse_constant=_refuse_constant)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not valid JSON: {error}") from error
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from distbench import files
 from distbench.errors import IncompleteError, where
 from distbench.record import Recorder, write_report
-from distbench.run import RankRecord, Run, load_run, rank_folder, write_rank
+from distbench.run import RankRecord, Run, rank_folder, write_rank
 from distbench.sut import SystemUnderTest, run_indices
 
 if TYPE_CHECKING:
@@ -81,25 +80,42 @@ def check_outputs(
 def all_finite(outputs: Any) -> bool:
     """Tell whether all numbers among the outputs are finite; what is not a number passes."""
     try:
-        values = np.asarray(outputs)
-    except (TypeError, ValueError, RuntimeError):
+        values = _array(outputs)
+    except (TypeError, ValueError, RuntimeError):  # a list that is no array, such as of tensors
         return all(all_finite(each) for each in outputs)
     if values.dtype.kind in "fc":
         return bool(np.isfinite(values).all())
-    if values.dtype.kind == "O":
-        return all(math.isfinite(v) for v in values.flat if isinstance(v, float))
+    if values.dtype.kind == "O" and values.ndim:
+        return all(all_finite(each) for each in values.flat)
+    if isinstance(outputs, dict):
+        return all(all_finite(each) for each in outputs.values())
     return True
+
+
+def _array(value: Any) -> NDArray[Any]:
+    """Return an array; numpy has no bfloat16, so a tensor of that type comes as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if "bfloat16" in str(value.dtype) else value
+    return np.asarray(value)
 
 
 def alike(one: Any, other: Any) -> bool:
     """Tell whether two outputs for one sample agree: exactly, or within rounding for floats."""
-    a, b = np.asarray(one), np.asarray(other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+    try:
+        a, b = _array(one), _array(other)
+    except (TypeError, ValueError, RuntimeError):
+        return len(one) == len(other) and all(map(alike, one, other))
     if a.shape != b.shape:
         return False
-    if a.dtype.kind == "f":
-        scale = float(np.abs(b).max(initial=0.0))
+    if a.dtype.kind == "O" and a.ndim:
+        return all(map(alike, a.flat, b.flat))
+    if a.dtype.kind == "f" and b.dtype.kind in "fiu":
+        scale = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
         return bool(np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * scale))
-    return bool((a == b).all())
+    return bool(np.all(a == b))
 
 
 def finish(world: World, recorder: Recorder, before: dict[str, Any]) -> Run:
@@ -156,13 +172,3 @@ def _write(path: Path, records: Sequence[RankRecord]) -> str:
             f"distbench.salvage {path}`. What was measured:\n{run.report()}"
         )
     return ""
-
-
-def read_back(path: Path) -> dict[str, Any]:
-    """Return the result.json of a directory.
-
-    Raises:
-        UsageError: there is none.
-    """
-    load_run(path)
-    return dict(files.read_json(path / "result.json"))

@@ -18,6 +18,7 @@ import socket
 import struct
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -141,12 +142,17 @@ class SideThread:
 
         Call it on rank 0 alone, while the other ranks wait in ``meet``: their threads then have
         the processor to themselves, and the bound is as tight as the network allows.
+
+        Raises:
+            ClockError: a domain has never answered.
         """
         with self._lock:
             self._requests += 1
             self._wake()
             while self._requests:
                 self._news.wait()
+            for rank in self.leaders():
+                self.model(rank)
 
     def leaders(self) -> list[int]:
         """Return the first rank of each clock domain other than rank 0's."""
@@ -160,18 +166,32 @@ class SideThread:
         return next(s.rank for s in self.seats if s.domain == self.seats[rank].domain)
 
     def model(self, rank: int) -> ClockModel:
-        """On rank 0: return the clock of ``rank`` against rank 0's, from all exchanges so far."""
+        """On rank 0: return the clock of ``rank`` against rank 0's, from all exchanges so far.
+
+        Raises:
+            ClockError: there are none.
+        """
+        leader = self.leader_of(rank)
         with self._lock:
-            return ClockModel.fit(self.exchanges.get(self.leader_of(rank), []))
+            made = self.exchanges.get(leader, [])
+        if leader != 0 and not made:
+            raise ClockError(
+                f"the clock of {self.seats[leader]} is not known: no ping came back from it within "
+                f"{TRIP_TIMEOUT_S} s; is its host or the network overloaded?"
+            )
+        return ClockModel.fit(made)
 
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks in a sentence why this one is about to leave."""
+        end = self._failure(error)
+        for link in self.links.values():
+            self._send(link, wire.FAILED, json.dumps(asdict(end)).encode(), ignore=True)
+
+    def _failure(self, error: BaseException) -> End:
         code = error.exit_code if isinstance(error, DistbenchError) else 1
         own = self.seats[self.rank]
         sentence = str(error) if isinstance(error, DistbenchError) else f"{own} failed: {error!r}"
-        end = End("failed", self.rank, own.host, sentence, code)
-        for link in self.links.values():
-            self._send(link, wire.FAILED, json.dumps(asdict(end)).encode(), ignore=True)
+        return End("failed", self.rank, own.host, sentence, code)
 
     def stop(self) -> None:
         """End the thread and close the links; the other ranks have been told, or do not matter."""
@@ -193,6 +213,14 @@ class SideThread:
     # -- this thread's side ----------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._keep_watch()
+        except Exception as error:  # without this thread its rank would wait forever
+            if not self._stop:
+                traceback.print_exc()
+                self._spread(wire.FAILED, self._failure(error), spare=self.rank)
+
+    def _keep_watch(self) -> None:
         due = time.monotonic() + TICK_S
         while not self._stop:
             events = self._selector.select(max(0.0, due - time.monotonic()))
@@ -371,7 +399,9 @@ class SideThread:
                 self._lost(rank, f"nothing was heard from it for {silent:.1f} s")
         for rank, (count, flying, since) in list(self._counts.items()):
             still = time.monotonic() - since
-            if flying and still > self.stall_s and self.rank in (0, rank):
+            if rank in self._leaving or self.rank not in (0, rank):
+                continue
+            if flying and still > self.stall_s:
                 self._lost(
                     rank,
                     f"its count stood at {count} ended rows for {still:.0f} s with work in flight "

@@ -27,7 +27,7 @@ QUANTILES = {
     "p99.9": 0.999,
 }
 ONE_WINDOW = "one window has no interval: repeat windows or launches"
-NO_INTERVAL = "intervals of percentiles are not computed by this version"
+NO_INTERVAL = "this version computes an interval for no metric of one window"
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,9 @@ def rank_times(run: Run, record: RankRecord) -> RankTimes:
     finished = int(good.max()) if len(good) else None
     instant = int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None
     started = record.after["started_ns"] if record.after else None
-    if started is None and len(good):
-        started = int(record.first_rows("issued")[0])
+    if started is None:
+        # A rank that was killed between two stores leaves a completion without its count.
+        started = next((int(t) for t in record.first_rows("issued")[:1]), None)
     model = run.clock(record)
     begin = end = bound = None
     if model is not None:
@@ -132,6 +133,8 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
         return Makespan(None, None, None, "the agreed instant was not recorded")
     ends = [(t.finished_ref_ns or 0, t.bound_ns or 0) for t in times]
     last = max(end for end, _ in ends)
+    if last <= start:
+        return Makespan(None, None, None, "the last completion is not after the agreed instant")
     high = max(end + bound for end, bound in ends)
     low = max(end - bound for end, bound in ends)
     return Makespan(last - start, max(high - last, last - low), start, "")
@@ -326,7 +329,8 @@ def start_section(run: Run, times: list[RankTimes]) -> dict[str, Any]:
     """
     starts = [t.started_ref_ns for t in times if t.started_ref_ns is not None]
     bounds = sorted((t.bound_ns for t in times if t.bound_ns is not None), reverse=True)
-    plans = [r.after["plan"] for r in run.present if r.after]
+    # A run that ended before the start was agreed has no plan.
+    plans = [r.after["plan"] for r in run.present if r.after and "plan" in r.after]
     late = [
         t.rank
         for t in times

@@ -97,6 +97,7 @@ def describe_rank(
         "local_rank": world.local_rank,
         "node": world.node,
         "host": world.host,
+        "pid": os.getpid(),
         "replica": world.replica,
         "active": True,
         "device": asdict(world.device),

@@ -6,7 +6,6 @@ The folder is on the rank's own disk. Whatever happens to the others, a complete
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import shutil
 import sys
@@ -117,6 +116,7 @@ class Recorder:
         self.disk_error = ""
         self._flushed = 0
         self._wanted = threading.Event()
+        self._saving = threading.RLock()
         self._closing = False
         # fdatasync can take seconds on a busy disk, and the side thread must not miss a heartbeat.
         self._flusher = threading.Thread(target=self._flush, name="distbench-flush", daemon=True)
@@ -165,18 +165,25 @@ class Recorder:
         Raises:
             OSError: the disk is full; the samples are safe in their allocated file.
         """
-        files.write_json(self.folder.own / "after.json", self.after)
-        write_done(self.folder.own)
+        with self._saving:
+            # A copy: the loop's thread may add to it while the side thread writes.
+            files.write_json(self.folder.own / "after.json", dict(self.after))
+            write_done(self.folder.own)
 
     def save_end(self, end: End) -> None:
         """Save what there is, and report INCOMPLETE; called by the side thread, or on the way out.
 
         Every survivor saves its own folder; the lowest one also judges what it can see.
         """
+        # Held for good: from here on the process only ends, and nothing may save over this.
+        self._saving.acquire()
+        if self.after["end"] is not None:
+            self._tell(end)
+            return
         self.after["end"] = asdict(end)
-        with contextlib.suppress(OSError):
-            self.log.flush(0, self.log.progress(self.stride))
         try:
+            self.log.flush(0, self.log.progress(self.stride))
+            self.log.freeze()
             self.save_after()
             others = [r for r in range(self.world.world_size) if r != end.rank]
             if self.world.rank == min(others, default=0):
@@ -247,8 +254,3 @@ def progress_line(total: int, quiet: bool) -> Any:
             sys.stderr.write(f"distbench: rank 0 completed {rows:,} of {total:,} samples\n")
 
     return line
-
-
-def process_facts() -> dict[str, Any]:
-    """Return what identifies this process: its id and its working folder's name."""
-    return {"pid": os.getpid(), "python": sys.executable}

@@ -160,6 +160,8 @@ def load_run(folder: Path | str) -> Run:
             records[rank] = read_record(path)
         except UsageError as error:
             problems.append(str(error))
+            continue
+        _check_place(path, rank, records[rank])
     if not records:
         raise UsageError(
             f"{folder} holds no readable rank folder (ranks/00000 and so on"
@@ -175,9 +177,19 @@ def load_run(folder: Path | str) -> Run:
     return Run(size, tuple(records.get(rank) for rank in range(size)), folder)
 
 
+def _check_place(path: Path, rank: int, record: RankRecord) -> None:
+    """Refuse a folder that was copied to a wrong name: its samples would count twice."""
+    size = int(record.before["world_size"])
+    if record.rank != rank or rank >= size:
+        raise UsageError(
+            f"{path} holds rank {record.rank} of {size}: give it the name {record.rank:05d}, or "
+            "remove it"
+        )
+
+
 def _rank_folders(folder: Path) -> list[Path]:
     try:
-        return [p for p in (folder / "ranks").iterdir() if p.name.isdigit() and p.is_dir()]
+        return [p for p in (folder / "ranks").iterdir() if p.name.isdecimal() and p.is_dir()]
     except OSError as error:
         raise UsageError(
             f"{folder} is no result directory: {error.strerror or error} (ranks/ inside it)"

@@ -3,7 +3,7 @@
     python -m distbench.salvage DIR...
 
 DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
-the first lacks are copied into it. Then result.json, report.txt and manifest.sha256 are written
+the first lacks, or has only in part, are copied into it. Then result.json, report.txt and manifest.sha256 are written
 there. Needs no torch.
 """
 
@@ -35,14 +35,16 @@ def merge(folders: Sequence[Path]) -> Path:
     target = folders[0]
     run_id = load_run(target).first.before["run_id"]
     for other in folders[1:]:
+        load_run(other)  # refuses what is no result directory
         for path in sorted((other / "ranks").glob("[0-9]*")):
             own = target / "ranks" / path.name
-            if own.exists():
+            # What rank 0 could not finish to write for another rank has no done.json.
+            if own.exists() and ((own / "done.json").exists() or not (path / "done.json").exists()):
                 continue
             found = read_record(path).before["run_id"]
             if found != run_id:
                 raise UsageError(f"{path} is of run {found}, {target} of {run_id}: do not mix them")
-            shutil.copytree(path, own)
+            shutil.copytree(path, own, dirs_exist_ok=True)
     return target
 
 
@@ -51,9 +53,9 @@ def main(argv: Sequence[str]) -> int:
     if not argv or "--help" in argv or "-h" in argv:
         sys.stdout.write((__doc__ or "") + "\n")
         return EXIT_OK if argv else EXIT_USAGE
-    target = merge([Path(name) for name in argv])
+    target = Path(argv[0])
     try:
-        sys.stdout.write(write_report(target))
+        sys.stdout.write(write_report(merge([Path(name) for name in argv])))
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror or error}") from error
     sys.stdout.write(f"results  {target}\n")

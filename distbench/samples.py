@@ -52,6 +52,7 @@ SPREAD = ("issued", "started", "finished", "completed", "served_by")
 
 Array = NDArray[np.int64]
 MS_SYNC = 4
+PROT_READ_WRITE, MAP_PRIVATE_FIXED = 3, 0x02 | 0x10
 
 
 class SampleLog:
@@ -75,9 +76,13 @@ class SampleLog:
     device: Array
     count: Array
 
-    def __init__(self, rows: Array, columns: Sequence[str]) -> None:
+    def __init__(
+        self, rows: Array, columns: Sequence[str], mapped: mmap.mmap | None = None
+    ) -> None:
         self.columns = tuple(columns)
         self.rows = rows
+        self._mapped = mapped
+        self._path: Path | None = None
         for position, name in enumerate(self.columns):
             setattr(self, name, rows[:, position])
 
@@ -122,19 +127,52 @@ class SampleLog:
             os.posix_fallocate(fd, 0, size)
             os.pwrite(fd, header, 0)
             mapped = mmap.mmap(fd, size)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             path.unlink(missing_ok=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if getattr(error, "errno", errno.EFBIG) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise UsageError(
                     f"{path.parent} has no room for {capacity} samples ({size / 1e6:.1f} MB): "
                     "free space there, choose another --output-dir or fewer samples "
                     "(--num-samples, --duration)"
                 ) from error
-            raise UsageError(f"{path} cannot be allocated: {error.strerror}") from error
+            raise UsageError(f"{path} cannot be allocated: {error}") from error
         finally:
             os.close(fd)
         rows = np.frombuffer(mapped, np.int64, offset=len(header)).reshape(capacity, len(columns))
-        return cls(rows, columns)._cleared()
+        log = cls(rows, columns, mapped)._cleared()
+        log._path = path
+        return log
+
+    def freeze(self) -> None:
+        """Keep what the file holds now, while the loop, which nobody can stop, goes on storing.
+
+        The shared mapping is replaced in place by a private one of the same file: every later
+        store goes to a copy of its page in memory. Used when a run ends early, by the side thread.
+
+        Raises:
+            OSError: the file cannot be mapped again.
+        """
+        if self._mapped is None or self._path is None:
+            return
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        size = len(self._mapped)
+        start = np.frombuffer(self._mapped, np.uint8).ctypes.data
+        fd = os.open(self._path, os.O_RDWR)
+        try:
+            new = libc.mmap(
+                ctypes.c_void_p(start),
+                ctypes.c_size_t(size),
+                PROT_READ_WRITE,
+                MAP_PRIVATE_FIXED,
+                fd,
+                ctypes.c_long(0),
+            )
+        finally:
+            os.close(fd)
+        if new != start:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
 
     def _cleared(self) -> SampleLog:
         self.rows[:] = 0
@@ -242,8 +280,8 @@ def read_rows(path: Path, columns: Sequence[str]) -> Array:
         UsageError: the file is absent, cut short, or not of that shape.
     """
     try:
-        rows = np.load(path, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        rows = np.lib.format.open_memmap(path, mode="c")  # never unpickles
+    except Exception as error:  # a damaged header raises a dozen kinds out of numpy
         raise UsageError(f"{path} cannot be read: {error}") from error
     if rows.dtype != np.dtype("<i8") or rows.ndim != 2 or rows.shape[1] != len(columns):
         raise UsageError(

@@ -176,6 +176,15 @@ def findings(run: Run, times: list[RankTimes], span: Makespan) -> list[Finding]:
         found += _device(record)
         found += _interference(record, t)
     found += _timing(run, times, span)
+    if span.reason and status(found) == "VALID":
+        found.append(
+            Finding(
+                "invalid",
+                "throughput-unknown",
+                f"throughput is unknown: {span.reason}",
+                remedy="mend what the sentence names, and run again",
+            )
+        )
     order = ("incomplete", "invalid", "undecided", "doubtful", "info")
     unique = list(dict.fromkeys(found))
     return sorted(unique, key=lambda f: order.index(f.level))
@@ -200,7 +209,9 @@ def _losses(run: Run) -> list[Finding]:
         end = (record.after or {}).get("end")
         if end:
             found.append(
-                Finding("incomplete", f"rank-{end['code']}", end["sentence"], end["rank"], end["host"])
+                Finding(
+                    "incomplete", f"rank-{end['code']}", end["sentence"], end["rank"], end["host"]
+                )
             )
         elif record.problem and record.rank not in named:
             found.append(

@@ -49,9 +49,10 @@ def differences(stored: Any, computed: Any, place: str = "") -> list[str]:
             for i, (a, b) in enumerate(zip(stored, computed, strict=True))
             for line in differences(a, b, f"{place}[{i}]")
         ]
-    if type(stored) is type(computed) and stored == computed:
-        return []
-    if isinstance(stored, int | float) and isinstance(computed, int | float) and stored == computed:
+    # 1 and 1.0 are one figure, 1 and true are not.
+    numbers = isinstance(stored, int | float) and isinstance(computed, int | float)
+    truths = isinstance(stored, bool) or isinstance(computed, bool)
+    if stored == computed and (type(stored) is type(computed) or (numbers and not truths)):
         return []
     return [f"{place}: result.json says {stored!r}, the rank folders give {computed!r}"]
 
@@ -67,39 +68,58 @@ def check_hashes(folder: Path) -> tuple[list[str], list[str]]:
     """
     wrong: list[str] = []
     missing: list[str] = []
-    listed = _listed(folder)
-    for name, digest in listed.items():
+    listed: dict[str, set[str]] = {}
+    manifest = folder / "manifest.sha256"
+    if manifest.is_file():
+        for line in manifest.read_bytes().decode(errors="replace").split("\n")[:-1]:
+            digest, _, name = line.partition("  ")
+            listed[name] = {digest}
+        present = {
+            str(p.relative_to(folder))
+            for p in folder.rglob("*")
+            if p.is_file() and not p.name.startswith(".") and p != manifest
+        }
+        wrong += [f"{name}: not in manifest.sha256" for name in sorted(present - set(listed))]
+    else:
+        missing.append("manifest.sha256: missing; `python -m distbench.salvage` makes one")
+    for done in sorted(folder.glob("ranks/*/done.json")):
+        try:
+            recorded = dict(files.read_json(done)["files"])
+        except (UsageError, LookupError, TypeError, ValueError):
+            wrong.append(f"{done.relative_to(folder)}: damaged")
+            continue
+        for name, digest in recorded.items():
+            listed.setdefault(str((done.parent / name).relative_to(folder)), set()).add(digest)
+    for name, digests in listed.items():
         path = folder / name
         if not path.is_file():
             missing.append(f"{name}: missing")
-        elif files.sha256_file(path) != digest:
+        elif {files.sha256_file(path)} != digests:
             wrong.append(f"{name}: its SHA-256 is not the one that was recorded")
-    present = {
-        str(p.relative_to(folder))
-        for p in folder.rglob("*")
-        if p.is_file() and not p.name.startswith(".") and p.name != "manifest.sha256"
-    }
-    wrong += [f"{name}: not in manifest.sha256" for name in sorted(present - set(listed))]
     return wrong, missing
 
 
-def _listed(folder: Path) -> dict[str, str]:
-    """Return every recorded hash by path; the rank folders' own records come on top."""
-    listed: dict[str, str] = {}
-    try:
-        lines = (folder / "manifest.sha256").read_text().splitlines()
-    except OSError as error:
-        raise UsageError(
-            f"{folder}/manifest.sha256 cannot be read ({error.strerror}): give a result directory; "
-            "for rank folders without one use `python -m distbench.salvage`"
-        ) from error
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        listed[name] = digest
-    for done in sorted(folder.glob("ranks/*/done.json")):
-        for name, digest in files.read_json(done)["files"].items():
-            listed.setdefault(str((done.parent / name).relative_to(folder)), digest)
-    return listed
+def check_figures(folder: Path, computed: dict[str, Any]) -> list[str]:
+    """Compare result.json and report.txt, where they are, with what the rank folders give.
+
+    Args:
+        folder: a result directory.
+        computed: from its rank folders.
+
+    Returns:
+        One line for each place where they differ.
+    """
+    wrong: list[str] = []
+    if (folder / "result.json").is_file():
+        try:
+            stored = files.read_json(folder / "result.json")
+            wrong += [f"result.json {line}" for line in differences(stored, computed)]
+        except UsageError as error:
+            wrong.append(str(error))
+    report = folder / "report.txt"
+    if report.is_file() and report.read_bytes() != to_text(computed).encode():
+        wrong.append("report.txt is not the report of what the rank folders give")
+    return wrong
 
 
 def verify(folder: Path) -> tuple[int, list[str]]:
@@ -114,23 +134,24 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     Raises:
         UsageError: it is no result directory.
     """
+    if not (folder / "ranks").is_dir():
+        raise UsageError(f"{folder} is no result directory: it has no folder ranks/")
     wrong, missing = check_hashes(folder)
+    # Without a file that was there when the figures were made, they cannot come out the same.
+    whole = not any(line.startswith("ranks/") for line in missing)
+    incomplete = False
     try:
-        stored = files.read_json(folder / "result.json")
         run = load_run(folder)
         computed = run.result()
-        wrong += [f"result.json {line}" for line in differences(stored, computed)]
-        if (folder / "report.txt").read_text() != to_text(stored):
-            wrong.append("report.txt is not the report of result.json")
+        incomplete = computed["verdict"]["status"] == "INCOMPLETE"
         missing += [f"ranks/{rank:05d}: missing" for rank in run.missing]
         missing += [f"ranks/{r.rank:05d}: {r.problem}" for r in run.present if r.problem]
-        incomplete = computed["verdict"]["status"] == "INCOMPLETE"
+        if whole:
+            wrong += check_figures(folder, computed)
     except UsageError as error:
-        wrong.append(str(error))
-        incomplete = False
-    except OSError as error:
-        missing.append(f"report.txt: {error.strerror}")
-        incomplete = False
+        (wrong if whole else missing).append(str(error))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        wrong.append(f"the rank folders are damaged and cannot be judged: {error!r}")
     if wrong:
         return EXIT_CRASH, wrong + missing
     if missing or incomplete:

@@ -189,6 +189,8 @@ def accept_links(
             connection, _ = server.accept()
         except TimeoutError:
             absent = sorted(set(range(1, world_size)) - set(links))
+            for link in links.values():
+                link.close()
             raise UsageError(
                 f"ranks {absent} did not open their link to {own} within {timeout_s:.0f} s: "
                 "is every node started, and does a firewall let them connect to it?"
@@ -225,12 +227,15 @@ def open_link(
             "a firewall between the nodes must let them connect to each other on any port"
         ) from error
     link = Link(_tuned(connection), Seat(0, address[0], "", "", 0))
+    connection.settimeout(timeout_s)  # rank 0 greets one caller after the other, strays included
     try:
         link.send(HELLO, json.dumps({"token": token, "seat": asdict(own)}).encode())
         _, answer = link.receive(HELLO_LIMIT_BYTES)
-    except (TimeoutError, LinkClosed) as error:
+        link.seat = read_seat(json.loads(answer))
+    except (TimeoutError, LinkClosed, ValueError) as error:
+        link.close()
         raise UsageError(f"{own} reached rank 0 at {address[0]}, which hung up: {error}") from error
-    link.seat = read_seat(json.loads(answer))
+    connection.settimeout(ECHO_TIMEOUT_S)
     _echo(link, own, answers=False)
     return link
 
@@ -251,8 +256,10 @@ def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
             return None
         link.seat = read_seat(hello["seat"])
         link.send(HELLO, json.dumps(asdict(own)).encode())
-    except (TimeoutError, LinkClosed, ValueError, KeyError, TypeError, AttributeError):
+    except (TimeoutError, LinkClosed):
         return None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # not what a rank of ours says
     return link
 
 
@@ -268,12 +275,16 @@ def _echo(link: Link, own: Seat, *, answers: bool) -> None:
                 link.send(ECHO, echoed)
         except (TimeoutError, LinkClosed) as error:
             small = size == SMALL_ECHO_BYTES
+            link.close()
             raise UsageError(_echo_sentence(link.seat, own, small)) from error
 
 
 def _echo_sentence(peer: Seat, own: Seat, small: bool) -> str:
     if small:
-        return f"{own} and {peer} are connected, but 64 bytes did not come back in 5 s"
+        return (
+            f"{own} and {peer} are connected, but 64 bytes did not come back within "
+            f"{ECHO_TIMEOUT_S:.0f} s"
+        )
     return (
         f"1 MiB between {own} and {peer} did not come back within {ECHO_TIMEOUT_S:.0f} s although "
         f"64 bytes did, so large packets are lost on the way: the MTU is {own.mtu} on "

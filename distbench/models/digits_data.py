@@ -26,7 +26,7 @@ WEIGHTS_FILE = "digits_w32.npz"
 
 SHA256: dict[str, str] = {
     DATA_FILE: "05f288dd5ddfa8ef0817954b5287bde371752771beb2a18a3e42b4a1168ec413",
-    WEIGHTS_FILE: "0000000000000000000000000000000000000000000000000000000000000000",
+    WEIGHTS_FILE: "c78436c7fe7efd9913e9a2cae9ebf1949c877469e70625d94119d0285bfcacd9",
 }
 """The only content either file may have; ``train_digits`` prints the digests to put here."""
 

@@ -3,11 +3,16 @@
     python -m distbench.models.train_digits --out DIR                   digits_w32.npz
     python -m distbench.models.train_digits --out DIR --from-sklearn    digits.npz
 
-Training takes about a minute of one CPU core and needs torch, numpy and the shipped ``digits.npz``.
-It is one run with one seed: the weights after the last epoch are the result, and the held-out
-images are looked at once, after that. The same torch on the same kind of CPU gives the same bytes;
-elsewhere the sums round differently and the digest will be another. ``SHA256`` in ``digits_data``
-holds the digests that are printed at the end.
+Training takes less than a minute of one CPU core and needs torch, numpy and the shipped
+``digits.npz``. It is one run with one seed, and the weights after the last epoch are the result.
+The same torch on the same kind of CPU gives the same bytes; elsewhere the sums round differently
+and the digest will be another. ``SHA256`` in ``digits_data`` holds the digests printed at the end.
+
+How the recipe came about, because it bears on the accuracy: a first one (peak learning rate 3e-3,
+weight decay 1e-2) got 354 of the 360 held-out images right. It and 13 variants were then compared
+by five-fold cross-validation over the 1,437 other rows: it made 15 errors there and the present one
+8, the fewest. The present one gets 355 held-out images right and was kept for its errors in the
+cross-validation; split, seed and epoch are as they were. The held-out rows were scored twice.
 """
 
 from __future__ import annotations
@@ -109,7 +114,7 @@ def train(data: DigitsData) -> dict[str, NDArray[Any]]:
             logits = net(shift(images[rows], generator))
             loss = nn.functional.cross_entropy(logits, labels[rows])
             optimizer.zero_grad()
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
     net.layers = without_batch_norms(net.layers.eval())
@@ -143,7 +148,7 @@ def batches(count: int, generator: torch.Generator) -> Iterator[Tensor]:
     Yields:
         Row numbers, shape (up to ``BATCH_SIZE``,), int64; each row once.
     """
-    yield from torch.randperm(count, generator=generator).split(BATCH_SIZE)
+    yield from torch.split(torch.randperm(count, generator=generator), BATCH_SIZE)
 
 
 def shift(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -199,14 +204,14 @@ def without_batch_norms(layers: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*folded)
 
 
-def write(path: Path, arrays: dict[str, NDArray[Any]]) -> None:
+def write(path: Path, arrays: dict[str, Any]) -> None:
     """Write a compressed .npz and print its name, size and digest.
 
     Args:
         path: the file.
-        arrays: its content by name.
+        arrays: numpy arrays by name.
     """
-    np.savez_compressed(path, allow_pickle=False, **arrays)
+    np.savez_compressed(path, **arrays)
     sys.stdout.write(f"{path}: {path.stat().st_size} bytes, sha256 {sha256_file(path)}\n")
 
 

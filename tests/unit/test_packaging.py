@@ -82,7 +82,7 @@ def test_the_version_is_a_literal(config):
 
 def test_files_named_in_the_metadata_exist(config):
     described = config["metadata"]["long_description"].removeprefix("file:").strip()
-    for name in (described, config["metadata"]["license_files"].strip()):
+    for name in (described, *lines(config["metadata"]["license_files"])):
         assert (ROOT / name).is_file(), f"setup.cfg names {name}, which does not exist"
 
 
