@@ -132,17 +132,18 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any]) -> Run:
     Raises:
         IncompleteError: rank 0's disk refused the result; the samples are on the ranks' disks.
     """
-    problem = recorder.disk_error
+    problem = recorder.after["disk_error"] = recorder.disk_error
     try:
         recorder.save_after()
     except OSError as error:
         problem = f"{recorder.folder.own} could not be written: {error.strerror or error}"
     world.side.meet("gather")
-    told = world.gather_json([before, recorder.after, problem])
+    after = {**recorder.after, "disk_error": problem}
+    told = world.gather_json([before, after])
     rows = world.gather_rows(recorder.log.rows[: recorder.after["used"]])
     world.side.meet("gathered")
     records = tuple(
-        RankRecord(rank, told[rank][0], told[rank][1], rows[rank], told[rank][2])
+        RankRecord(rank, told[rank][0], told[rank][1], rows[rank])
         for rank in range(world.world_size)
     )
     path = recorder.folder.path

@@ -27,7 +27,7 @@ QUANTILES = {
     "p99.9": 0.999,
 }
 ONE_WINDOW = "one window has no interval: repeat windows or launches"
-NO_INTERVAL = "this version computes an interval for no metric of one window"
+NO_INTERVAL = "no interval is computed for it by this version"
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,7 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
             f"rank {_list(unclocked)} completed nothing or its clock was not measured",
         )
     starts = [r.after["plan"]["reference_ns"] for r in run.present if r.after]
-    start = starts[0] if starts else times[0].scheduled_ns
-    if start is None:
-        return Makespan(None, None, None, "the agreed instant was not recorded")
+    start = starts[0]
     ends = [(t.finished_ref_ns or 0, t.bound_ns or 0) for t in times]
     last = max(end for end, _ in ends)
     if last <= start:
@@ -259,7 +257,7 @@ def _memory(run: Run) -> dict[str, Any]:
 def per_rank(run: Run, times: list[RankTimes], span: Makespan) -> list[dict[str, Any]]:
     """Return the row of each rank there is: share, rate, finish, idle tail, device."""
     total = sum(t.ok for t in times)
-    ends = [t.finished_ref_ns for t in times if t.finished_ref_ns is not None]
+    last_ns = max((t.finished_ref_ns for t in times if t.finished_ref_ns is not None), default=0)
     rows = []
     for record, t in zip(run.present, times, strict=True):
         own = None
@@ -267,7 +265,7 @@ def per_rank(run: Run, times: list[RankTimes], span: Makespan) -> list[dict[str,
             own = (t.finished_ns - t.scheduled_ns) / NS
         idle = None
         if t.finished_ref_ns is not None and span.value_ns is not None:
-            idle = (max(ends) - t.finished_ref_ns) / NS
+            idle = (last_ns - t.finished_ref_ns) / NS
         device_ns = int(_device(record).sum())
         rows.append(
             {

@@ -34,6 +34,7 @@ from distbench.liveness import End
 from distbench.models import check_model, load_model
 from distbench.prepare import (
     ALL_COLUMNS,
+    OPTIONAL,
     SAMPLE_LIMIT,
     Settings,
     Warmup,
@@ -199,9 +200,7 @@ def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
     rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
     counts, cut = plan_samples(settings, rates)
     folder = record.open_folder(world, settings.output_dir, "offline", settings.name)
-    columns = [
-        c for c in ALL_COLUMNS if c not in ("started", "finished", "device") or c in warm.columns
-    ]
+    columns = [c for c in ALL_COLUMNS if c not in OPTIONAL or c in warm.columns]
     log = _make_log(world, folder, counts[world.rank], columns)
     order = sample_order(sut.total, sum(counts[: world.rank]), counts[world.rank], settings.seed)
     log.index[:] = order

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from distbench.record import Folder
     from distbench.world import World
 
-FREE_OPTIONS = ("quiet",)
-"""Options that may differ between ranks: they change nothing that is measured."""
+FREE_OPTIONS = ("quiet", "output_dir")
+"""Options that may differ between ranks: they change nothing that is measured, and each host has
+disks of its own."""
 
 
 def agree_on_run(world: World, sut: SystemUnderTest, settings: Settings) -> None:

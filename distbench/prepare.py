@@ -23,6 +23,10 @@ KEPT_GROUPS = 256
 HEADROOM = 1.1
 """A window planned from the warm-up rate rather lasts a little too long than too short."""
 HARNESS_BATCHES, HARNESS_BLOCKS = 400, 15
+CHUNK_NS, CHUNK_ROWS = 50_000_000, 65_536
+"""A stretch of warm-up is at least so long, or has so many samples."""
+OPTIONAL = ("started", "finished", "device")
+"""Columns that a log has only where the SUT fills them, as its warm-up shows."""
 
 Loop = Callable[
     [SystemUnderTest, SampleLog, Iterable[tuple[int, Indices]], dict[int, Any], list[str], Now],
@@ -100,28 +104,31 @@ def warm_up(
     Raises:
         UsageError: a group failed.
     """
-    usual, columns, slowest, groups = shapes[0], set[str](), 0, 0
+    slowest, groups, samples, chunk = 0, 0, 0, 1
+    columns: set[str] = set()
     begin = now()
-    half: tuple[int, int] | None = None
-    ended_samples = 0
-    while True:
-        for size in shapes if groups == 0 else (usual,):
-            indices = np.resize(order, size)
-            log = SampleLog.in_memory(size, ALL_COLUMNS)
-            errors: list[str] = []
-            loop(sut, log, [(0, indices)], {}, errors, now)
-            if errors:
-                raise UsageError(f"the model failed in warm-up at batch size {size}: {errors[0]}")
-            columns |= {c for c in ("started", "finished", "device") if log.rows[0, _AT[c]] > 0}
-            slowest = max(slowest, int(log.completed[0] - log.issued[0]))
-            groups += 1
-            ended_samples += size
-        elapsed = now() - begin
-        if half is None and elapsed >= least_ns // 2:
-            half = (now(), ended_samples)
-        if half is not None and elapsed >= least_ns and ended_samples > half[1]:
-            rate = (ended_samples - half[1]) / max(now() - half[0], 1) * 1e9
-            return Warmup(rate, slowest, groups, tuple(sorted(columns)))
+    timed_ns = 0
+    plan = [*dict.fromkeys(shapes), shapes[0]]
+    while plan or now() - begin < least_ns or not timed_ns:
+        size = plan.pop(0) if plan else shapes[0]
+        chunk = chunk if not plan else 1
+        indices = np.resize(order, size * chunk)
+        log, errors = SampleLog.in_memory(len(indices), ALL_COLUMNS), list[str]()
+        before = now()
+        loop(sut, log, groups_of(indices, size), {}, errors, now)
+        took_ns = now() - before
+        if errors:
+            raise UsageError(f"the model failed in warm-up at batch size {size}: {errors[0]}")
+        first = slice(None, None, size)
+        columns |= {c for c in OPTIONAL if log.rows[0, _AT[c]] > 0}
+        slowest = max(slowest, int((log.completed[first] - log.issued[first]).max()))
+        groups += chunk
+        if not plan and now() - begin >= least_ns // 2:
+            timed_ns, samples = timed_ns + took_ns, samples + len(indices)
+        # As the window does it, many groups on end: the engine's whole depth is then in use.
+        if took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS:
+            chunk *= 2
+    return Warmup(samples / max(timed_ns, 1) * 1e9, slowest, groups, tuple(sorted(columns)))
 
 
 def share_out(total: int, rank: int, rates: Sequence[float] | None, world_size: int) -> int:

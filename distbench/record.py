@@ -110,6 +110,7 @@ class Recorder:
             "used": log.capacity,
             "started_ns": None,
             "end": None,
+            "disk_error": "",
         }
         self.flying = False
         self.show: Callable[[int], None] = lambda _rows: None

@@ -3,8 +3,8 @@
     python -m distbench.salvage DIR...
 
 DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
-the first lacks, or has only in part, are copied into it. Then result.json, report.txt and manifest.sha256 are written
-there. Needs no torch.
+the first lacks, or has only in part, are copied into it. Then result.json, report.txt and
+manifest.sha256 are written there. Needs no torch.
 """
 
 from __future__ import annotations
@@ -30,18 +30,23 @@ def merge(folders: Sequence[Path]) -> Path:
         The first directory.
 
     Raises:
-        UsageError: a folder is unreadable or of another run.
+        UsageError: a directory is no result directory, or a folder is of another run.
     """
     target = folders[0]
     run_id = load_run(target).first.before["run_id"]
     for other in folders[1:]:
-        load_run(other)  # refuses what is no result directory
+        if not (other / "ranks").is_dir():
+            raise UsageError(f"{other} is no result directory: it has no folder ranks/")
         for path in sorted((other / "ranks").glob("[0-9]*")):
             own = target / "ranks" / path.name
             # What rank 0 could not finish to write for another rank has no done.json.
             if own.exists() and ((own / "done.json").exists() or not (path / "done.json").exists()):
                 continue
-            found = read_record(path).before["run_id"]
+            try:
+                found = read_record(path).before["run_id"]
+            except UsageError as error:  # the other ranks are worth a report all the same
+                sys.stderr.write(f"distbench: {path} is left out: {error}\n")
+                continue
             if found != run_id:
                 raise UsageError(f"{path} is of run {found}, {target} of {run_id}: do not mix them")
             shutil.copytree(path, own, dirs_exist_ok=True)

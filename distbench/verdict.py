@@ -206,7 +206,20 @@ def _losses(run: Run) -> list[Finding]:
             )
         )
     for record in run.present:
-        end = (record.after or {}).get("end")
+        after = record.after or {}
+        end = after.get("end")
+        if after.get("disk_error"):
+            found.append(
+                Finding(
+                    "incomplete",
+                    "disk-error",
+                    f"rank {record.rank} ({record.host}) could not write all its files: "
+                    f"{after['disk_error']}",
+                    record.rank,
+                    record.host,
+                    remedy="free space on that host's disk; what was gathered is here",
+                )
+            )
         if end:
             found.append(
                 Finding(

@@ -89,7 +89,7 @@ def check_hashes(folder: Path) -> tuple[list[str], list[str]]:
             wrong.append(f"{done.relative_to(folder)}: damaged")
             continue
         for name, digest in recorded.items():
-            listed.setdefault(str((done.parent / name).relative_to(folder)), set()).add(digest)
+            listed.setdefault(str((done.parent / name).relative_to(folder)), set()).add(str(digest))
     for name, digests in listed.items():
         path = folder / name
         if not path.is_file():

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 from typing import Any
 
 LATENCIES = ("p50", "p90", "p95", "p97", "p99", "p99.9", "max", "mean")
+FIRST_RANKS, WORST_RANKS = 16, 4
+"""Ranks that a table shows: the first ones, and the worst of the others; result.json has all."""
+SAME_FINDINGS = 4
+"""Findings of one kind that are shown."""
 
 
 def to_text(result: dict[str, Any]) -> str:
-    """Lay out a result as text, lines of at most about 110 characters.
+    """Lay out a result as text, lines of at most about 150 characters.
 
     Args:
         result: the content of result.json.
@@ -24,9 +29,11 @@ def to_text(result: dict[str, Any]) -> str:
 
 def _verdict(result: dict[str, Any]) -> str:
     verdict = result["verdict"]
-    notes = [f["message"] for f in verdict["findings"] if f["code"] == "device-note"]
-    line = f"MEASUREMENT {verdict['status']}; MLPerf v5.0 gates: not applied"
-    return "; ".join([line, *dict.fromkeys(notes)])
+    found = [f["message"] for f in verdict["findings"] if f["code"] == "device-note"]
+    notes = list(dict.fromkeys(found))
+    if len(notes) > 2:
+        notes[2:] = [f"and {_count(len(notes) - 2, 'note')} more on devices"]
+    return "; ".join([f"MEASUREMENT {verdict['status']}; MLPerf v5.0 gates: not applied", *notes])
 
 
 def _headline(result: dict[str, Any]) -> str:
@@ -102,7 +109,8 @@ def _accuracy(result: dict[str, Any]) -> list[str]:
 
 def _ranks(result: dict[str, Any]) -> list[str]:
     rows = [["rank", "host", "device", "samples", "share", "samples/s", "finish", "idle", "busy"]]
-    for row in result["per_rank"]:
+    shown, note = _shown(result["per_rank"], lambda row: row["finish_s"])
+    for row in shown:
         more = row["metrics"]
         rows.append(
             [
@@ -110,66 +118,148 @@ def _ranks(result: dict[str, Any]) -> list[str]:
                 row["host"],
                 row["device"],
                 f"{row['samples']:,}",
-                "-" if more["share"] is None else f"{more['share']:.1%}",
-                "-" if more["throughput"] is None else _sig(more["throughput"], 5),
+                "?" if more["share"] is None else f"{more['share']:.1%}",
+                "?" if more["throughput"] is None else _sig(more["throughput"], 5),
                 _time(row["finish_s"]),
                 _time(row["idle_s"]),
                 "-" if more["device_busy"] is None else f"{more['device_busy']:.0%}",
             ]
         )
-    return _table(rows)
+    lines = _table(rows) + [f"{note}, by finish"] * bool(note)
+    if any("?" in row for row in rows):
+        why = result["window"]["makespan_reason"] or "a rank completed nothing"
+        lines.append(f"?: unknown, for {why}")
+    return lines
+
+
+def _shown(rows: list[Any], badness: Callable[[Any], float | None]) -> tuple[list[Any], str]:
+    """Return the rows of the first and the worst ranks, and what to say about the others.
+
+    A rank whose badness is unknown is among the worst.
+    """
+    if len(rows) <= FIRST_RANKS + WORST_RANKS:
+        return rows, ""
+
+    def key(row: Any) -> float:
+        value = badness(row)
+        return math.inf if value is None else value
+
+    worst = sorted(rows[FIRST_RANKS:], key=key, reverse=True)[:WORST_RANKS]
+    left_out = len(rows) - FIRST_RANKS - WORST_RANKS
+    return rows[:FIRST_RANKS] + sorted(worst, key=lambda row: int(row["rank"])), (
+        f"{_count(left_out, 'rank')} left out (result.json has all): these are the first "
+        f"{FIRST_RANKS} and the worst {WORST_RANKS}"
+    )
+
+
+def _first(texts: Sequence[str]) -> str:
+    """Join the first few texts, and say how many more there are."""
+    more = len(texts) - FIRST_RANKS
+    return ", ".join(texts[:FIRST_RANKS]) + (f" and {more} more" if more > 0 else "")
 
 
 def _trust(result: dict[str, Any]) -> list[str]:
     start, cost = result["start"], result["harness"]
-    late = ", ".join(str(r) for r in start["late_ranks"]) or "none"
-    switches = ", ".join("?" if s is None else str(s) for s in cost["involuntary_switches"][:16])
-    delays = ", ".join(_time(s) for s in cost["run_delay_s"][:16])
+    late = _first([str(rank) for rank in start["late_ranks"]]) or "none"
+    switches = _first(["?" if s is None else str(s) for s in cost["involuntary_switches"]])
+    delays = _first([_time(s) for s in cost["run_delay_s"]])
+    skew = f"{_time(start['skew_s'])} +-{_time(start['bound_s'])}"
+    if start["skew_s"] is None:
+        skew = f"unknown: {_unstarted(result)}"
+    attempts = "unknown" if start["attempts"] is None else start["attempts"]
     lines = [
         "TRUST",
-        f"  start skew     {_time(start['skew_s'])} +-{_time(start['bound_s'])}; "
-        f"late ranks: {late}; attempts: {start['attempts']}",
+        *_wrapped(f"  start skew     {skew}; late ranks: {late}; attempts: {attempts}", 17),
         f"  harness        {_time(cost['cost_per_batch_s'])} per batch; one clock read "
         f"{_time(cost['clock_read_s'])}",
-        f"  interference   involuntary switches by rank: {switches}; waited for a processor: "
-        f"{delays}",
+        *_wrapped(f"  interference   involuntary switches by rank: {switches}", 17),
+        *_wrapped(f"                 waited for a processor: {delays}", 17),
     ]
-    for row in result["clock"]["ranks"][:64]:
-        drift = "-" if row["drift_ppm"] is None else f"{row['drift_ppm']:+.3f} ppm"
-        if row["exchanges"] or row["offset_s"] is None:
-            offset = "unknown" if row["offset_s"] is None else f"{row['offset_s']:+.9f} s"
-            lines.append(
-                f"  clock          rank {row['rank']}: offset {offset} +-{_time(row['bound_s'])}, drift {drift}, {row['exchanges']} exchanges"
-            )
-    if len({row["domain"] for row in result["clock"]["ranks"]}) == 1:
+    if None in cost["involuntary_switches"] or None in cost["run_delay_s"]:
+        lines.append("                 ?: unknown, the rank or its kernel did not record it")
+    return lines + _clocks(result) + _gpus(result)
+
+
+def _unstarted(result: dict[str, Any]) -> str:
+    """Say why the starts of the ranks cannot be compared."""
+    missing = result["window"]["world_size"] - len(result["per_rank"])
+    if missing:
+        return f"{_count(missing, 'rank')} left nothing"
+    return "a rank's loop did not begin, or its clock was not measured"
+
+
+def _clocks(result: dict[str, Any]) -> list[str]:
+    ranks = result["clock"]["ranks"]
+    others = [row for row in ranks if row["exchanges"] or row["offset_s"] is None]
+    shown, note = _shown(others, lambda row: row["bound_s"])
+    lines = []
+    for row in shown:
+        offset = "unknown: nothing was exchanged with it, or its loop did not begin"
+        if row["offset_s"] is not None:
+            offset = f"{row['offset_s']:+.9f} s +-{_time(row['bound_s'])}"
+        drift = "unknown" if row["drift_ppm"] is None else f"{row['drift_ppm']:+.3f} ppm"
+        lines.append(
+            f"  clock          rank {row['rank']}: offset {offset}, drift {drift}, "
+            f"{row['exchanges']} exchanges"
+        )
+    if note:
+        lines.append(f"  clock          {note}, by bound")
+    if len({row["domain"] for row in ranks}) == 1:
         lines.append("  clock          all ranks read one clock")
-    return lines + _gpus(result)
+    return lines
 
 
 def _gpus(result: dict[str, Any]) -> list[str]:
-    lines = []
-    for gpu in result["window"]["gpus"]:
-        for when in ("before", "after"):
-            state = gpu[when]
-            if state and state.get("available", True) and "sm_clock_hz" in state:
-                clock, heat = state["sm_clock_hz"], state["temperature_c"]
-                lines.append(
-                    f"  GPU            rank {gpu['rank']} {when}: SM clock "
-                    f"{'?' if clock is None else format(clock / 1e6, '.0f')} MHz, "
-                    f"{'?' if heat is None else heat} C, throttle reasons: "
-                    f"{', '.join(state['throttle_reasons'] or []) or 'none'}"
-                )
-    return lines
+    gpus = [gpu for gpu in result["window"]["gpus"] if gpu["before"] or gpu["after"]]
+    finish = {row["rank"]: row["finish_s"] for row in result["per_rank"]}
+    shown, note = _shown(gpus, lambda gpu: finish[gpu["rank"]])
+    lines = [
+        f"  GPU            rank {gpu['rank']} {when}: {_gpu_state(gpu[when])}"
+        for gpu in shown
+        for when in ("before", "after")
+        if gpu[when]
+    ]
+    return lines + [f"  GPU            {note}, by finish"] * bool(note)
+
+
+def _gpu_state(state: dict[str, Any]) -> str:
+    if not state["available"]:
+        return f"state unknown: {state['reason']}"
+    clock, heat, held = state["sm_clock_hz"], state["temperature_c"], state["throttle_reasons"]
+    reasons = state.get("reasons", {})
+    return ", ".join(
+        f"{name} unknown: {reasons.get(field, 'not recorded')}"
+        if value is None
+        else f"{name} {text}"
+        for name, field, value, text in (
+            ("SM clock", "sm_clock_hz", clock, f"{(clock or 0) / 1e6:.0f} MHz"),
+            ("temperature", "temperature_c", heat, f"{heat} C"),
+            ("throttle reasons:", "throttle_reasons", held, ", ".join(held or []) or "none"),
+        )
+    )
 
 
 def _findings(result: dict[str, Any]) -> list[str]:
     found = [f for f in result["verdict"]["findings"] if f["code"] != "device-note"]
     lines = ["findings: none"] if not found else ["findings"]
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for finding in found:
-        lines.append(f"  {finding['level']}  {finding['code']}: {finding['message']}")
-        if finding["remedy"]:
-            lines.append(f"      remedy: {finding['remedy']}")
+        kinds.setdefault((finding["level"], finding["code"]), []).append(finding)
+    for (level, code), same in kinds.items():
+        for finding in same[:SAME_FINDINGS]:
+            lines += _wrapped(f"  {level}  {code}: {finding['message']}")
+            if finding["remedy"]:
+                lines += _wrapped(f"      remedy: {finding['remedy']}")
+        if len(same) > SAME_FINDINGS:
+            lines.append(f"  {level}  {code}: {len(same) - SAME_FINDINGS} more in result.json")
     return [*lines, ""]
+
+
+def _wrapped(line: str, indent: int = 8) -> list[str]:
+    """Break a sentence into lines; words are never cut, so that a path can be copied."""
+    return textwrap.wrap(
+        line, 150, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _count(n: int, noun: str) -> str:

@@ -24,7 +24,7 @@ from distbench.record import write_report
 from distbench.run import RankRecord, Run, rank_folder, write_done, write_manifest
 from distbench.samples import SampleLog
 
-START_NS = 1_000_000_000_000
+START_NS = 1_000_000_000_000_000
 BEFORE_NS, AFTER_NS = START_NS - 1_000_000_000, START_NS + 3_000_000_000
 """When rank 0's clock stood at the two clock exchanges with each other rank."""
 OFFSET_NS = 7_000_000_000_123
@@ -89,7 +89,7 @@ def make_ranks(
     def of(values: Sequence[int], rank: int) -> int:
         return values[min(rank, len(values) - 1)]
 
-    columns = COLUMNS[:-1] + ("device", "count") if device_ns else COLUMNS
+    columns = (*COLUMNS[:-1], "device", "count") if device_ns else COLUMNS
     made = []
     for rank in range(ranks):
         offset, drift = of(offset_ns, rank), of(drift_ppm, rank)
@@ -202,9 +202,9 @@ def _after(rank: int, log: SampleLog, plan: int, started: int, ended: int) -> di
             "window_ns": 1_000_000_000,
         },
         "outputs": {"groups": 10, "non_finite": 0, "compared": 0, "different": 0},
-        "score": {"right": 9.0 + rank, "of": 10.0, "reason": ""},
+        "score": {"right": 9.0 + rank % 2, "of": 10.0, "reason": ""},
         "exchanges": {},
-        "memory_peak_bytes": 100_000_000 + rank * 60_000_000,
+        "memory_peak_bytes": 100_000_000 + rank % 2 * 60_000_000,
         "gpu_after": None,
         "foreign_after": [],
     }
@@ -219,6 +219,7 @@ def in_memory(**shape: Any) -> Run:
             each.before,
             each.after,
             each.log.rows[: each.after["used"]] if each.after else each.log.rows,
+            "" if each.after else "after.json cannot be read",
         )
         for rank, each in enumerate(ranks)
     ]

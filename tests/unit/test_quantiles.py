@@ -33,7 +33,7 @@ def test_worked_by_hand_on_one_to_n(n, quantile, wanted):
 
 @given(
     st.lists(st.integers(-(2**62), 2**62), min_size=1, max_size=300),
-    st.lists(st.floats(0, 1, exclude_max=True), max_size=6),
+    st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=6),
 )
 def test_equals_a_sort_and_changes_nothing(values, quantiles):
     given_ns = np.array(values, np.int64)

@@ -1,0 +1,235 @@
+"""Systems under test: the adapter around a function, the known-answer stand-ins, untimed passes."""
+
+import time
+
+import numpy as np
+import pytest
+
+from distbench.errors import UsageError
+from distbench.sut import (
+    FOREVER,
+    Done,
+    Echo,
+    First,
+    FromCallable,
+    Sleep,
+    SystemUnderTest,
+    on_host,
+    run_indices,
+)
+
+
+def indices(*values):
+    return np.array(values, np.int64)
+
+
+STAND_INS = [
+    lambda: FromCallable(lambda samples: samples * 2),
+    Echo,
+    lambda: Sleep(0),
+]
+
+
+@pytest.mark.parametrize("make", STAND_INS)
+def test_a_stand_in_follows_the_protocol(make):
+    sut = make()
+    assert isinstance(sut, SystemUnderTest)
+    assert (sut.total, sut.resident, sut.depth) == (1024, 1024, 1)
+    sut.load(indices(1, 2))
+    assert sut.poll(FOREVER) == []
+    sut.issue(0, indices(5, 6, 7))
+    sut.issue(3, indices(8))
+    [first] = sut.poll(FOREVER)
+    [second] = sut.poll(FOREVER)
+    assert (first.row, first.count, len(first.outputs), first.error) == (0, 3, 3, "")
+    assert (second.row, second.count, len(second.outputs)) == (3, 1, 1)
+    assert sut.poll(0) == []
+    sut.unload(indices(1, 2))
+
+
+@pytest.mark.parametrize("make", STAND_INS)
+def test_close_drops_what_was_not_computed(make):
+    sut = make()
+    sut.issue(0, indices(1))
+    sut.close()
+    assert sut.poll(FOREVER) == []
+
+
+def test_a_function_gets_the_indices_and_its_outputs_come_back():
+    seen = []
+
+    def function(samples):
+        seen.append(samples)
+        return [f"output {sample}" for sample in samples]
+
+    sut = FromCallable(function, total=10)
+    assert sut.total == sut.resident == 10
+    sut.issue(4, indices(9, 3))
+    assert seen == []  # issue never works
+    assert sut.poll(FOREVER) == [Done(4, 2, ["output 9", "output 3"])]
+    assert [each.tolist() for each in seen] == [[9, 3]]
+    assert seen[0].dtype == np.int64
+
+
+def test_an_error_of_the_function_is_not_swallowed():
+    sut = FromCallable(lambda samples: 1 / 0)
+    sut.issue(0, indices(1))
+    with pytest.raises(ZeroDivisionError):
+        sut.poll(FOREVER)
+
+
+def test_echo_returns_the_indices_themselves():
+    sut = Echo(8)
+    sut.issue(2, indices(7, 1))
+    [done] = sut.poll(FOREVER)
+    assert done.outputs.tolist() == [7, 1]
+    assert (done.started_ns, done.finished_ns, done.device_ns, done.token_ns) == (0, 0, 0, ())
+
+
+class Clock:
+    """A clock that only sleeping moves; a sleep ends late, and once ends early."""
+
+    def __init__(self):
+        self.at_ns = 10**12
+        self.slept = []
+
+    def __call__(self):
+        return self.at_ns
+
+    def sleep(self, seconds):
+        asked = round(seconds * 1e9)
+        self.slept.append(asked)
+        self.at_ns += asked // 2 if len(self.slept) == 1 else asked + 300
+
+
+def test_sleep_keeps_to_an_absolute_deadline_and_stamps_it(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(time, "sleep", clock.sleep)
+    sut = Sleep(1_000_000, now=clock)
+    sut.issue(0, indices(1, 2, 3))
+    [done] = sut.poll(FOREVER)
+    # Woken half way it sleeps the rest, and the 300 ns that it overslept are not made up for.
+    assert clock.slept == [3_000_000, 1_500_000]
+    assert (done.started_ns, done.finished_ns) == (10**12, 10**12 + 3_000_300)
+    sut.issue(3, indices(4))
+    [done] = sut.poll(FOREVER)
+    assert done.started_ns == 10**12 + 3_000_300
+    assert done.finished_ns == done.started_ns + 1_000_300
+    assert sut.stamps == [(10**12, 10**12 + 3_000_300), (done.started_ns, done.finished_ns)]
+
+
+def test_sleep_on_the_real_clock_takes_no_less_than_it_says():
+    sut = Sleep(2_000_000)
+    before = sut.now()
+    sut.issue(0, indices(1, 2, 3))
+    [done] = sut.poll(FOREVER)
+    after = sut.now()
+    assert before <= done.started_ns <= done.finished_ns <= after
+    assert done.finished_ns - done.started_ns >= 6_000_000
+    assert done.outputs.tolist() == [1, 2, 3]
+
+
+# Outputs on the host
+
+
+class Tensor:
+    """What ``on_host`` needs of a tensor, and where it is."""
+
+    def __init__(self, name, place="device", tracked=True):
+        self.name, self.place, self.tracked = name, place, tracked
+
+    def detach(self):
+        return Tensor(self.name, self.place, tracked=False)
+
+    def cpu(self):
+        return Tensor(self.name, "host", self.tracked)
+
+    def __eq__(self, other):
+        return vars(self) == vars(other)
+
+
+def host(name):
+    return Tensor(name, "host", tracked=False)
+
+
+def test_tensors_are_copied_to_the_host():
+    assert on_host(Tensor("a")) == host("a")
+    assert on_host([Tensor("a"), Tensor("b")]) == [host("a"), host("b")]
+    assert on_host((Tensor("a"), Tensor("b"))) == [host("a"), host("b")]
+
+
+@pytest.mark.parametrize(
+    "outputs", ["text", b"bytes", np.arange(3), [1, 2], ["a"], [], (), {"a": 1}, None, 5]
+)
+def test_what_is_no_tensor_is_returned_as_it_is(outputs):
+    assert on_host(outputs) is outputs
+
+
+def test_outputs_of_a_function_are_on_the_host_when_the_group_is_done():
+    sut = FromCallable(lambda samples: [Tensor(int(sample)) for sample in samples])
+    sut.issue(0, indices(3, 4))
+    assert sut.poll(FOREVER)[0].outputs == [host(3), host(4)]
+
+
+# Untimed passes
+
+
+class Deep:
+    """Accepts ``depth`` groups and returns them out of order, a First before each."""
+
+    total = resident = 100
+
+    def __init__(self, depth):
+        self.depth, self.flying, self.sizes, self.most = depth, [], [], 0
+
+    def issue(self, row, samples, data=None):
+        self.flying.append((row, samples))
+        self.sizes.append(len(samples))
+        self.most = max(self.most, len(self.flying))
+        assert len(self.flying) <= self.depth
+
+    def poll(self, until_ns):
+        assert until_ns == FOREVER
+        row, samples = self.flying.pop()
+        return [First(row, 5), Done(row, len(samples), (samples * 10).tolist())]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 40])
+def test_outputs_come_in_the_order_of_the_indices(depth, count):
+    order = np.random.default_rng(count).permutation(count).astype(np.int64)
+    sut = Deep(depth)
+    assert run_indices(sut, order, 4) == (order * 10).tolist()
+    assert sut.sizes == [4] * (count // 4) + [count % 4] * (count % 4 > 0)
+    assert sut.most == min(depth, len(sut.sizes))
+    assert sut.flying == []
+
+
+def test_several_groups_out_of_one_poll():
+    class Eager(Deep):
+        def poll(self, until_ns):
+            ended = [Done(row, len(each), each.tolist()) for row, each in self.flying]
+            self.flying = []
+            return ended
+
+    assert run_indices(Eager(3), indices(4, 3, 2, 1, 0, 9, 8), 2) == [4, 3, 2, 1, 0, 9, 8]
+
+
+@pytest.mark.parametrize("given_outputs", [0, 1, 3])
+def test_a_wrong_number_of_outputs_is_refused(given_outputs):
+    sut = FromCallable(lambda samples: [0] * given_outputs)
+    with pytest.raises(UsageError) as caught:
+        run_indices(sut, indices(70, 71), 2)
+    assert str(caught.value) == (
+        f"the model failed on samples 70 and following: {given_outputs} outputs for 2 samples"
+    )
+
+
+def test_a_group_that_failed_is_refused_with_its_message():
+    class Failing(Echo):
+        def poll(self, until_ns):
+            row, samples = self.queue.popleft()
+            return [Done(row, len(samples), samples, "out of memory" if row else "")]
+
+    with pytest.raises(UsageError, match=r"samples 12 and following: out of memory"):
+        run_indices(Failing(), indices(10, 11, 12, 13), 2)
