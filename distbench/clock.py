@@ -254,7 +254,7 @@ class ClockModel:
             Shape (n,), int64, ns on the reference clock; within 1 ns of ``to_reference_ns``.
         """
         if not self.exchanges:
-            return peer_ns.copy()
+            return np.array(peer_ns)
         at = peer_ns - self.exchanges[0].offset_ns
         times = np.array([e.at_ns for e in self.exchanges], np.int64)
         first = self.exchanges[0].offset_ns

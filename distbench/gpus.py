@@ -20,23 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distbench.environment import (
-    memory_peak_bytes,
-    nvml_sentence,
-    nvml_snapshot,
-    nvml_text,
-    open_nvml,
-)
 from distbench.errors import UsageError
-
-__all__ = [
-    "Device",
-    "choose_device",
-    "foreign_processes",
-    "lock_gpu",
-    "memory_peak_bytes",
-    "nvml_snapshot",
-]
+from distbench.nvml import nvml_sentence, nvml_text, open_nvml
 
 _CUDA_BUILDS = ((580, 13, "cu130"), (525, 12, "cu126"))
 """Oldest driver, CUDA major version it runs, torch build. Source: NVIDIA, CUDA Compatibility,

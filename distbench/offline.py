@@ -190,7 +190,7 @@ def _adapted(sut: Any) -> SystemUnderTest:
 def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
     """Take one Offline window from warm-up to the written result; all ranks call it."""
     from distbench import finish, record, start  # noqa: PLC0415
-    from distbench.preamble import agree_on_run, describe_rank  # noqa: PLC0415
+    from distbench.preamble import agree_on_run, describe_after, describe_rank  # noqa: PLC0415
 
     agree_on_run(world, sut, settings)
     start.set_timer_slack()
@@ -201,12 +201,12 @@ def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
     counts, cut = plan_samples(settings, rates)
     folder = record.open_folder(world, settings.output_dir, "offline", settings.name)
     columns = [c for c in ALL_COLUMNS if c not in OPTIONAL or c in warm.columns]
-    log = _make_log(world, folder, counts[world.rank], columns)
+    log = record.make_log(world, folder, counts[world.rank], columns)
     order = sample_order(sut.total, sum(counts[: world.rank]), counts[world.rank], settings.seed)
     log.index[:] = order
     before = describe_rank(world, sut, settings, folder, warm, cost, columns, rates, cut)
     recorder = record.Recorder(world, folder, log, settings.batch_size)
-    record_before(world, folder, before)
+    record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
     try:
@@ -215,7 +215,7 @@ def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
         recorder.after["score"] = score
-        close_rank(world, recorder)
+        recorder.after |= describe_after(world)
         return finish.finish(world, recorder, before)
     except BaseException as error:
         own = where(world.rank, world.host)
@@ -230,6 +230,7 @@ def window(
 ) -> dict[int, Any]:
     """Agree on a start, run the loop in quiet, meet the others, and measure the clocks again."""
     from distbench import start  # noqa: PLC0415
+    from distbench.environment import schedstat  # noqa: PLC0415
     from distbench.record import progress_line  # noqa: PLC0415
 
     log, batch = recorder.log, settings.batch_size
@@ -250,7 +251,7 @@ def window(
             "margin_ns": plan.margin_ns,
         }
         recorder.flying = True
-        switches, delay_ns = start.interruptions()
+        switches, delay_ns = schedstat()
         started = start.wait_until(plan.local_ns, world.now, spin_ns)
         try:
             offline_loop(sut, log, groups_of(order, batch), kept, errors, world.now)
@@ -258,7 +259,7 @@ def window(
             errors.insert(0, f"{type(error).__name__}: {error}")
             fail_rest(log, batch)
         ended = world.now()
-        switches_after, delay_after_ns = start.interruptions()
+        switches_after, delay_after_ns = schedstat()
         recorder.flying = False
     recorder.after |= {
         "started_ns": started,
@@ -302,50 +303,6 @@ def _warm(sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
         problem.__cause__ = error
     world.check("warm-up", problem)
     return warm
-
-
-def _make_log(world: World, folder: Any, rows: int, columns: Sequence[str]) -> SampleLog:
-    """Allocate this rank's log; a disk without room stops all ranks and leaves nothing behind."""
-    from distbench.record import discard  # noqa: PLC0415
-
-    problem, log = None, SampleLog.in_memory(0, columns)
-    try:
-        log = SampleLog.create(folder.own / "samples.npy", rows, columns)
-    except UsageError as error:
-        problem = UsageError(f"{where(world.rank, world.host)}: {error}")
-    try:
-        world.check("samples", problem)
-    except UsageError:
-        discard(folder)
-        raise
-    return log
-
-
-def record_before(world: World, folder: Any, before: dict[str, Any]) -> None:
-    """Write rank.json; a disk without room stops all ranks, leaving nothing."""
-    from distbench import files  # noqa: PLC0415
-    from distbench.record import discard  # noqa: PLC0415
-
-    problem = None
-    try:
-        files.write_json(folder.own / "rank.json", before)
-    except OSError as error:
-        problem = UsageError(
-            f"{where(world.rank, world.host)} cannot write to {folder.own}: {error.strerror}; "
-            "free space there or give another --output-dir"
-        )
-    try:
-        world.check("rank.json", problem)
-    except UsageError:
-        discard(folder)
-        raise
-
-
-def close_rank(world: World, recorder: Recorder) -> None:
-    """Add what is read after the window: clocks, memory, the GPU's state."""
-    from distbench.preamble import describe_after  # noqa: PLC0415
-
-    recorder.after |= describe_after(world)
 
 
 OPTIONS = (

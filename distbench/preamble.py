@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import distbench
-from distbench.environment import describe
+from distbench.environment import describe, memory_peak_bytes
 from distbench.files import to_json
-from distbench.gpus import foreign_processes, memory_peak_bytes, nvml_snapshot
+from distbench.gpus import foreign_processes
+from distbench.nvml import nvml_snapshot
 from distbench.prepare import Settings, Warmup
 from distbench.run import SCHEMA_VERSION
 from distbench.sut import SystemUnderTest

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -89,6 +89,38 @@ def discard(folder: Folder) -> None:
     for path in (folder.own.parent, folder.path):
         with contextlib.suppress(OSError):
             path.rmdir()
+
+
+def make_log(world: World, folder: Folder, rows: int, columns: Sequence[str]) -> SampleLog:
+    """Allocate this rank's log; a disk without room stops all ranks and leaves nothing behind."""
+    problem, log = None, SampleLog.in_memory(0, columns)
+    try:
+        log = SampleLog.create(folder.own / "samples.npy", rows, columns)
+    except UsageError as error:
+        problem = UsageError(f"{where(world.rank, world.host)}: {error}")
+    try:
+        world.check("samples", problem)
+    except UsageError:
+        discard(folder)
+        raise
+    return log
+
+
+def write_before(world: World, folder: Folder, before: dict[str, Any]) -> None:
+    """Write rank.json; a disk without room stops all ranks, leaving nothing."""
+    problem = None
+    try:
+        files.write_json(folder.own / "rank.json", before)
+    except OSError as error:
+        problem = UsageError(
+            f"{where(world.rank, world.host)} cannot write to {folder.own}: {error.strerror}; "
+            "free space there or give another --output-dir"
+        )
+    try:
+        world.check("rank.json", problem)
+    except UsageError:
+        discard(folder)
+        raise
 
 
 class Recorder:

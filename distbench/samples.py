@@ -240,7 +240,7 @@ def spread_column(rows: Array, columns: Sequence[str], name: str) -> Array:
     Returns:
         Shape (n,), int64, a copy.
     """
-    column = rows[:, list(columns).index(name)].copy()
+    column: Array = rows[:, list(columns).index(name)].copy()
     if name not in SPREAD:
         return column
     count = rows[:, list(columns).index("count")]

@@ -13,13 +13,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distbench.clock import Now
@@ -161,23 +158,3 @@ def quiet() -> Iterator[None]:
         gc.unfreeze()
         if enabled:
             gc.enable()
-
-
-def interruptions() -> tuple[int, int]:
-    """Return what the scheduler has done to this thread so far.
-
-    Returns:
-        Involuntary switches, and ns spent ready to run without a processor; -1 where the kernel
-        does not say.
-    """
-    switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-    try:
-        text = Path("/proc/thread-self/schedstat").read_text()
-        return switches, int(text.split()[1])
-    except (OSError, ValueError, IndexError):
-        return switches, -1
-
-
-def oversubscribed(local_ranks: int) -> bool:
-    """Tell whether more ranks run on this host than it lets them use processors."""
-    return local_ranks > len(os.sched_getaffinity(0))

@@ -189,18 +189,18 @@ def accept_links(
             connection, _ = server.accept()
         except TimeoutError:
             absent = sorted(set(range(1, world_size)) - set(links))
-            for link in links.values():
-                link.close()
+            for opened in links.values():
+                opened.close()
             raise UsageError(
                 f"ranks {absent} did not open their link to {own} within {timeout_s:.0f} s: "
                 "is every node started, and does a firewall let them connect to it?"
             ) from None
-        link = _greet(connection, own, token)
-        if link is None or not 0 < link.seat.rank < world_size:
+        caller = _greet(connection, own, token)
+        if caller is None or not 0 < caller.seat.rank < world_size:
             connection.close()  # a stray: another run, a scanner
             continue
-        links[link.seat.rank] = link
-        _echo(link, own, answers=True)
+        links[caller.seat.rank] = caller
+        _echo(caller, own, answers=True)
     return dict(sorted(links.items()))
 
 

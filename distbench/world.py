@@ -1,8 +1,9 @@
 """A rank among ranks: joining, checking, gathering.
 
 ``join`` turns torchrun's environment into a ``World``: links of its own between the ranks
-(``wire``, ``liveness``), a gloo control group for small values, and a data group (NCCL where every rank has a
-GPU, else gloo) for samples. Nothing is pickled: small values travel as JSON, samples as int64.
+(``wire``, ``liveness``), a gloo control group for small values, and a data group (NCCL where every
+rank has a GPU, else gloo) for samples. Nothing is pickled: small values travel as JSON, samples as
+int64.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -25,17 +25,17 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from distbench import network, wire
+from distbench import network
 from distbench.clock import Now, now_ns
 from distbench.errors import DistbenchError, UsageError, where
 from distbench.gpus import Device, choose_device, lock_gpu
 from distbench.liveness import End, SideThread
+from distbench.probe import probe_collectives
 from distbench.seating import Place, open_links, read_place
 from distbench.verdict import Finding
 
 JOIN_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 30.0
-PROBE_TIMEOUT_S = 30.0
 PIECE_ELEMENTS = 8 << 20
 """int64 elements a collective carries at once: 64 MiB, which bounds device memory and waiting."""
 
@@ -317,7 +317,7 @@ def _with_groups(stack: ExitStack, world: World, store: Any, backend: str) -> Wo
     else:
         dist.init_process_group(
             "gloo",
-            store=dist.PrefixStore("distbench", store),
+            store=dist.PrefixStore("distbench", store),  # type: ignore[attr-defined]
             rank=world.rank,
             world_size=world.world_size,
             timeout=timeout,
@@ -365,60 +365,7 @@ def _with_nccl(world: World, timeout: timedelta, *, required: bool) -> World:
     return replace(world, findings=(*world.findings, finding))
 
 
-def probe_collectives(
-    world: World, backend: str, timeout_s: float = PROBE_TIMEOUT_S, device: str = ""
-) -> str:
-    """Try a backend in child processes, where a hang or a crash costs nothing.
-
-    Each rank starts one child; together they join and all-reduce 1 MiB. All ranks must call this.
-
-    Args:
-        world: with its control group; its side thread keeps watch meanwhile.
-        backend: "nccl", or "gloo" in tests.
-        timeout_s: how long the children may take.
-        device: torch device string for the tensor; this rank's GPU when empty.
-
-    Returns:
-        "" if this rank's child succeeded, else its last lines.
-    """
-    address = world.interface.address if world.interface else "127.0.0.1"
-    port = 0
-    if world.rank == 0:
-        with wire.listen(address, 1) as free:
-            port = int(free.getsockname()[1])
-    address, port = world.gather_json([address, port])[0]
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC_", "PET_"))}
-    place = {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    place |= {"RANK": str(world.rank), "WORLD_SIZE": str(world.world_size)}
-    target = device or f"cuda:{world.device.index}"
-    command = [
-        sys.executable,
-        "-c",
-        "from distbench.world import _probe; _probe()",
-        backend,
-        target,
-    ]
-    try:
-        done = subprocess.run(
-            command,
-            env={**keep, "NCCL_DEBUG": "WARN", **place},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-        )
-        output, status = done.stdout, f"exit status {done.returncode}"
-        if done.returncode == 0:
-            return ""
-    except subprocess.TimeoutExpired as expired:
-        output, status = expired.stdout or b"", f"no end within {timeout_s:.0f} s"
-    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if "NCCL" in line] or lines
-    return f"{where(world.rank, world.host)}, {status}: " + " | ".join(told[-4:])
-
-
-def _probe() -> None:
+def probe_child() -> None:
     """Run in the child: join over ``argv[1]`` and all-reduce 1 MiB on device ``argv[2]``."""
     backend, name = sys.argv[1:3]
     device = torch.device(name)
@@ -428,7 +375,7 @@ def _probe() -> None:
         bound["device_id"] = device
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dist.init_process_group(backend, timeout=timedelta(seconds=PROBE_TIMEOUT_S), **bound)
+        dist.init_process_group(backend, timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S), **bound)
         values = torch.ones(1 << 18, device=device)
         dist.all_reduce(values)
         if int(values[0]) != dist.get_world_size():

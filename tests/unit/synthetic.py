@@ -187,6 +187,7 @@ def _after(rank: int, log: SampleLog, plan: int, started: int, ended: int) -> di
         "used": log.capacity,
         "started_ns": started,
         "end": None,
+        "disk_error": "",
         "plan": {
             "reference_ns": START_NS,
             "local_ns": plan,

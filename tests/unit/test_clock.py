@@ -1,6 +1,5 @@
 """Offsets, bounds and drift, against clocks whose truth is known; nothing here sleeps."""
 
-import os
 import random
 import socket
 import subprocess
@@ -421,7 +420,7 @@ def test_a_domain_is_the_same_in_another_process_of_this_host():
     assert done.stdout.strip() == clock_domain()
     boot, space = clock_domain().split("/")
     assert boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert space == str(os.stat("/proc/self/ns/time").st_ino)
+    assert space == str(Path("/proc/self/ns/time").stat().st_ino)
 
 
 def test_a_domain_where_the_kernel_tells_nothing(monkeypatch):

@@ -14,12 +14,16 @@ from distbench import files
 from distbench.errors import UsageError
 
 
+def names(folder):
+    return sorted(each.name for each in Path(folder).iterdir())
+
+
 def test_write_bytes_writes_and_replaces(tmp_path):
     path = tmp_path / "a.bin"
     files.write_bytes(path, b"old and longer")
     files.write_bytes(path, b"new")
     assert path.read_bytes() == b"new"
-    assert os.listdir(tmp_path) == ["a.bin"]
+    assert names(tmp_path) == ["a.bin"]
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -34,7 +38,7 @@ def test_a_full_disk_leaves_the_older_file_and_no_temporary(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         files.write_bytes(path, b"new")
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.bin"]
+    assert names(tmp_path) == ["a.bin"]
 
 
 def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
@@ -44,7 +48,7 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
     fsync, replace = os.fsync, Path.replace
 
     def sync(fd):
-        done.append(("fsync", os.readlink(f"/proc/self/fd/{fd}"), os.path.exists(path)))
+        done.append(("fsync", str(Path(f"/proc/self/fd/{fd}").readlink()), path.exists()))
         fsync(fd)
 
     def rename(source, target):
@@ -67,12 +71,12 @@ def test_the_content_is_on_disk_before_the_name_and_the_name_before_the_return(
 
 
 def test_no_descriptor_stays_open(tmp_path):
-    before = len(os.listdir("/proc/self/fd"))
+    before = len(names("/proc/self/fd"))
     for _ in range(3):
         files.write_bytes(tmp_path / "a", b"x")
         with pytest.raises(OSError, match="absent"):
             files.write_bytes(tmp_path / "absent" / "a", b"x")
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(names("/proc/self/fd")) == before
 
 
 def test_to_json_keeps_order_and_ends_with_a_newline():
@@ -87,14 +91,17 @@ def test_no_number_that_json_has_not_is_written_or_read(tmp_path, value):
         files.to_json({"a": [value]})
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "a.json", value)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
     (tmp_path / "b.json").write_text(json.dumps([value]))
     with pytest.raises(UsageError, match=r"b\.json is not valid JSON: .* is not a JSON number"):
         files.read_json(tmp_path / "b.json")
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(st.characters(exclude_categories=["Cs"])),
     lambda inner: st.lists(inner) | st.dictionaries(st.text(max_size=3), inner),
     max_leaves=8,

@@ -16,9 +16,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from distbench import environment, gpus
+from distbench import gpus, nvml
 from distbench.errors import UsageError
-from distbench.gpus import Device, choose_device, foreign_processes, lock_gpu, nvml_snapshot
+from distbench.gpus import Device, choose_device, foreign_processes, lock_gpu
+from distbench.nvml import nvml_snapshot
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = Device("cpu", 0, "", "", "", "")
@@ -683,14 +684,14 @@ def test_every_nvml_name_is_in_the_real_module():
     }
     assert len(used) > 25
     assert not {name for name in used if not hasattr(pynvml, name)}
-    for bit, name in environment._REASONS.items():
+    for bit, name in nvml._REASONS.items():
         camel = "".join(part.capitalize() for part in name.split("_"))
         assert getattr(pynvml, f"nvmlClocksThrottleReason{camel}") == bit
     assert gpus._ABSENT == (
         pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
         pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
     )
-    for mode, name in environment._COMPUTE_MODES.items():
+    for mode, name in nvml._COMPUTE_MODES.items():
         assert getattr(pynvml, f"NVML_COMPUTEMODE_{name.upper()}") == mode
 
 

@@ -163,13 +163,13 @@ def test_a_meeting_waits_for_the_last_rank_whoever_it_is(ranks, pool):
     for late in (0, 1, 2):
         name = f"late-{late}-\u00e4"
         meetings = [
-            pool.submit(side.meet, name, bytes([side.rank]), bytes().join)
+            pool.submit(side.meet, name, bytes([side.rank]), b"".join)
             for side in sides
             if side.rank != late
         ]
         until(lambda name=name: len(sides[0]._arrived.get(name, ())) == 2)
         assert not any(each.done() for each in meetings)
-        assert sides[late].meet(name, bytes([late]), bytes().join) == b"\0\1\2"
+        assert sides[late].meet(name, bytes([late]), b"".join) == b"\0\1\2"
         assert [each.result(WAIT_S) for each in meetings] == [b"\0\1\2"] * 2
 
 
@@ -415,7 +415,7 @@ def test_silence_is_a_lost_rank(ranks, monkeypatch):
 
 
 def test_a_loss_is_passed_on_by_rank_0(ranks):
-    zero, one, two = ranks.star(3)
+    zero, _one, two = ranks.star(3)
     until(lambda: set(zero._counts) == {0, 1, 2})
     # Rank 2 dies: its socket goes, and nothing it would say is sent.
     two._stop = True
@@ -616,6 +616,23 @@ def test_an_error_in_the_side_thread_ends_its_rank_and_is_told(ranks, capfd):
     assert "in broken" in capfd.readouterr().err  # the traceback
 
 
+def test_an_error_after_the_end_was_asked_for_is_not_told(ranks, capfd):
+    side, peer = ranks.with_a_bare_peer(start=False)
+
+    def closed():
+        side._stop = True
+        raise ValueError("operation on a closed selector")
+
+    side.on_tick = closed
+    side._run()
+    assert ranks.exits.empty()
+    assert peer.receive()[0] == wire.HEART
+    peer.connection.settimeout(0)
+    with pytest.raises(BlockingIOError):
+        peer.receive()
+    assert capfd.readouterr().err == ""
+
+
 def test_an_answer_that_fails_on_rank_0_does_not_leave_the_others_waiting(ranks, pool, capfd):
     zero, one = ranks.star(2)
 
@@ -652,7 +669,7 @@ def signals_to(side):
 
 def test_sigterm_ends_the_run_and_is_told(ranks, monkeypatch):
     monkeypatch.setattr(liveness, "TICK_S", WAIT_S)  # the signal itself wakes the thread
-    zero, one = ranks.star(2)
+    _zero, one = ranks.star(2)
     with signals_to(one):
         os.kill(os.getpid(), signal.SIGTERM)
         ends = ranks.ended(2)

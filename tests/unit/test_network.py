@@ -3,7 +3,6 @@
 import ctypes
 import errno
 import fcntl
-import os
 import socket
 import struct
 from pathlib import Path
@@ -174,7 +173,7 @@ def test_addresses_without_ipv6(monkeypatch):
 def test_a_network_space_is_this_boot_and_this_namespace(monkeypatch):
     boot, space = network.network_space().split("/")
     assert boot == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    assert space == str(os.stat("/proc/self/ns/net").st_ino)
+    assert space == str(Path("/proc/self/ns/net").stat().st_ino)
 
     def absent(path):
         raise FileNotFoundError(path)

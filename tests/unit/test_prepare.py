@@ -1,4 +1,4 @@
-"""What is fixed before a window: shares, counts, order, kept groups, warm-up, the loop's own cost."""
+"""What is fixed before a window: counts, order, kept groups; warm-up, and the loop's own cost."""
 
 import numpy as np
 import pytest
@@ -122,8 +122,7 @@ def test_a_plan_that_was_cut_says_so():
 def test_the_shards_together_are_one_permutation_over_and_over(total, counts, seed):
     firsts = [sum(counts[:rank]) for rank in range(len(counts))]
     shards = [
-        sample_order(total, first, count, seed)
-        for first, count in zip(firsts, counts, strict=True)
+        sample_order(total, first, count, seed) for first, count in zip(firsts, counts, strict=True)
     ]
     assert [len(shard) for shard in shards] == counts
     joined = np.concatenate(shards)
@@ -280,9 +279,7 @@ def test_a_failure_in_warm_up_names_the_batch_size_and_the_error(size):
     sut = Works(Clock(), 1_000_000, fails={size})
     with pytest.raises(UsageError) as caught:
         warm(sut, shapes=(8, 5))
-    assert str(caught.value) == (
-        f"the model failed in warm-up at batch size {size}: out of memory"
-    )
+    assert str(caught.value) == (f"the model failed in warm-up at batch size {size}: out of memory")
 
 
 # The harness

@@ -146,6 +146,16 @@ def test_rank_incomplete(tmp_path: Path) -> None:
     assert finding.remedy.startswith("copy the whole folder from its host")
 
 
+def test_disk_error(tmp_path: Path) -> None:
+    said = "samples.npy was not flushed: Input/output error"
+    change = on(1, lambda rank: (rank.after or {}).update(disk_error=said))
+    state, finding = only(tmp_path, change)
+    assert state == "INCOMPLETE"
+    assert about(finding) == ("incomplete", "disk-error", 1, "node-1")
+    assert finding.message == f"rank 1 (node-1) could not write all its files: {said}"
+    assert "free space" in finding.remedy
+
+
 # Outputs
 
 
@@ -484,6 +494,7 @@ def test_every_code_is_known_here() -> None:
     assert codes_in(ROOT / "verdict.py") == {
         "clock-bound",
         "device-note",
+        "disk-error",
         "foreign-process",
         "harness-cost",
         "interference",
