@@ -7,14 +7,13 @@ guess. torch and pynvml are imported where they are used.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import resource
 import socket
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -80,42 +79,6 @@ def describe(device: Device) -> dict[str, Any]:
                 values[field], reasons[field] = None, f"{type(error).__name__}: {error}"[:200]
     values["gpu"], gpu_reasons = _describe_gpu(device)
     return {**values, "reasons": reasons | gpu_reasons}
-
-
-def common_and_rest(
-    descriptions: Sequence[dict[str, Any]],
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Lift what is equal in all descriptions out of them, also from within their dicts.
-
-    Args:
-        descriptions: one a rank; not changed.
-
-    Returns:
-        What all have in common, and of each description what is left. Laid over each other, the
-        two give the description again.
-
-    Example:
-        >>> common_and_rest([{"os": "x", "rank": 0}, {"os": "x", "rank": 1}])
-        ({'os': 'x'}, [{'rank': 0}, {'rank': 1}])
-    """
-    common: dict[str, Any] = {}
-    rest: list[dict[str, Any]] = [{} for _ in descriptions]
-    for key in dict.fromkeys(key for each in descriptions for key in each):
-        found = [each[key] for each in descriptions if key in each]
-        everywhere = len(found) == len(descriptions)
-        # As JSON, where 1, 1.0 and true differ.
-        if everywhere and len({json.dumps(value, sort_keys=True) for value in found}) == 1:
-            common[key] = found[0]
-            continue
-        if everywhere and all(isinstance(value, dict) for value in found):
-            shared, found = common_and_rest(found)
-            if shared:
-                common[key] = shared
-        left = iter(found)
-        for each, its in zip(descriptions, rest, strict=True):
-            if key in each and ((value := next(left)) != {} or key not in common):
-                its[key] = value
-    return common, rest
 
 
 def schedstat() -> tuple[int, int]:

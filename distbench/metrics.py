@@ -110,8 +110,8 @@ class Makespan:
 def makespan(run: Run, times: list[RankTimes]) -> Makespan:
     """Compute the makespan over all ranks.
 
-    The latest end is known to within bounds: it is at least max(end - bound) and at most
-    max(end + bound); the larger distance of these two from max(end) is the bound.
+    The latest end is at least max(end - bound) and at most max(end + bound); the second is never
+    nearer to max(end) than the first, so its distance is the bound.
     """
     absent = run.missing + [r.rank for r in run.present if r.rows is None]
     if absent:
@@ -134,8 +134,7 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
     if last <= start:
         return Makespan(None, None, None, "the last completion is not after the agreed instant")
     high = max(end + bound for end, bound in ends)
-    low = max(end - bound for end, bound in ends)
-    return Makespan(last - start, max(high - last, last - low), start, "")
+    return Makespan(last - start, high - last, start, "")
 
 
 def _list(ranks: list[int]) -> str:
@@ -358,3 +357,25 @@ LATE_NS = 100_000
 A rank that spins over the instant is under 1 us late; one that the scheduler held back is late by a
 slice, hundreds of us or more.
 """
+
+
+def harness(run: Run) -> dict[str, Any]:
+    """Return what the harness cost, from the raw timings that each rank recorded before its window.
+
+    The cost per batch is the smallest block of a loop over a SUT that does nothing, per batch:
+    what disturbs a block only ever makes it longer.
+    """
+    costs, clocks, switches, delays = [], [], [], []
+    for record in run.present:
+        raw = record.before["harness"]
+        costs.append(min(raw["loop_ns"]) / raw["batches"])
+        clocks.append(min(raw["clock_ns"]) / raw["reads"])
+        quiet = (record.after or {}).get("quiet")
+        switches.append(None if quiet is None else quiet["involuntary_switches"])
+        delays.append(None if quiet is None else quiet["run_delay_ns"])
+    return {
+        "cost_per_batch_s": max(costs) / 1e9,
+        "clock_read_s": max(clocks) / 1e9,
+        "involuntary_switches": switches,
+        "run_delay_s": [None if d is None or d < 0 else d / 1e9 for d in delays],
+    }

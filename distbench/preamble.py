@@ -13,12 +13,12 @@ import numpy as np
 import distbench
 from distbench.environment import describe, memory_peak_bytes
 from distbench.files import to_json
+from distbench.findings import Finding
 from distbench.gpus import foreign_processes
 from distbench.nvml import nvml_snapshot
 from distbench.prepare import Settings, Warmup
 from distbench.run import SCHEMA_VERSION
 from distbench.sut import SystemUnderTest
-from distbench.verdict import Finding
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from distbench import network
 from distbench.clock import Now, now_ns
 from distbench.errors import DistbenchError, UsageError, where
+from distbench.findings import Finding
 from distbench.gpus import Device, choose_device, lock_gpu
 from distbench.liveness import End, SideThread
 from distbench.probe import probe_collectives
 from distbench.seating import Place, open_links, read_place
-from distbench.verdict import Finding
 
 JOIN_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 30.0

@@ -22,9 +22,17 @@ pytestmark = pytest.mark.timeout(120)
 
 def _run(out: str, make: Any, **options: Any) -> dict[str, Any]:
     """Run Offline on this rank and return the result with what the SUT itself stamped."""
+    from distbench import offline
     from distbench.offline import run_offline
     from distbench.world import join
 
+    window = offline.window
+
+    def armed_window(sut: Any, *args: Any) -> Any:
+        sut.armed = True  # the warm-up is over: what misbehaves may begin to
+        return window(sut, *args)
+
+    offline.window = armed_window
     with join(device="cpu", timeout_s=30) as world:
         sut = make(world.rank)
         run = run_offline(sut, world, output_dir=out, warmup_s=0.1, **options)
@@ -143,11 +151,11 @@ class Faulty(Echo):
     def __init__(self, way: str, rank: int) -> None:
         super().__init__()
         self.way = way if rank == 1 else ""
-        self.issued = 0
+        self.armed = False
 
     def poll(self, until_ns: int) -> list[Done]:
         ended = super().poll(until_ns)
-        if len(ended) == 0 or ended[0].row != 64 or not self.way:
+        if len(ended) == 0 or ended[0].row != 64 or not self.way or not self.armed:
             return ended
         done = ended[0]
         if self.way == "error":

@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 
 import distbench
 from distbench import environment
-from distbench.environment import common_and_rest, describe, memory_peak_bytes, schedstat
+from distbench.environment import describe, memory_peak_bytes, schedstat
 from distbench.gpus import Device
+from distbench.verdict import common_and_rest
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = Device("cpu", 0, "", "", "", "")

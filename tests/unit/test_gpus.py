@@ -677,7 +677,7 @@ def test_context_is_not_assumed_open():
 
 def test_every_nvml_name_is_in_the_real_module():
     pynvml = pytest.importorskip("pynvml")
-    source = inspect.getsource(gpus) + inspect.getsource(environment)
+    source = inspect.getsource(gpus) + inspect.getsource(nvml)
     used = set(re.findall(r"\bnvml[A-Z]\w+|(?<=n\.)NVML_\w+", source)) - {
         "nvmlClocksEventReason",
         "nvmlClocksThrottleReason",

@@ -66,8 +66,8 @@ def test_a_clock_that_runs_fast_does_not_lengthen_the_makespan() -> None:
 
 @pytest.mark.parametrize(
     ("later_ns", "bound_ns"),
-    # Rank 1 ends 2 s from each exchange, less 300 ns on one side: 1001 + 3999 + 2 = 5002 if before
-    # the middle. What rank 0 is sure to have done limits the lower side only.
+    # Rank 1 ends 2 s, less some ns, from the nearer exchange: 1001 + 3999 + 2 = 5002. Where it
+    # ended before rank 0, what is left of its bound reaches past rank 0's end.
     [(300, 5_002), (-300, 4_702), (-6_000, 0)],
 )
 def test_the_bound_of_the_makespan(later_ns: int, bound_ns: int) -> None:
@@ -76,9 +76,8 @@ def test_the_bound_of_the_makespan(later_ns: int, bound_ns: int) -> None:
     assert (span.value_ns, span.bound_ns) == (1_000 * MS + max(0, later_ns), bound_ns)
 
 
-def test_the_bound_reaches_down_to_the_rank_that_certainly_ended_last() -> None:
-    # Two ranks end together; one is known to 1 us, the other to about 9 us: either could be last,
-    # and the later of the two is at most 9 us after, and at least 1 us before, what was read.
+def test_of_two_last_ranks_the_one_that_is_known_less_well_gives_the_bound() -> None:
+    # Either could be last, and the later of the two at most 9 us after what was read.
     run = in_memory(
         ranks=3,
         groups=(5, 10, 10),

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from distbench.findings import Finding
 from distbench.report import text
 from distbench.report.text import to_text
 from distbench.run import Run
-from distbench.verdict import Finding
 
 from .synthetic import GPU, Change, Rank, in_memory
 from .test_salvage import kill_rank_1

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from distbench import preamble, verdict
+from distbench.findings import Finding, status
 from distbench.prepare import Settings
 from distbench.run import load_run
-from distbench.verdict import Finding, status
 
 from .synthetic import GPU, OFFSET_NS, START_NS, Change, Rank, in_memory, make_run
 
@@ -491,7 +491,7 @@ def codes_in(path: Path) -> set[str]:
 
 
 def test_every_code_is_known_here() -> None:
-    assert codes_in(ROOT / "verdict.py") == {
+    assert codes_in(ROOT / "findings.py") == {
         "clock-bound",
         "device-note",
         "disk-error",
@@ -525,8 +525,8 @@ def test_what_all_ranks_share_is_lifted(tmp_path: Path) -> None:
         "common": {"python": "3.11.9", "memory_total_bytes": 8_000_000_000},
         "ranks": [{"hostname": "node-0"}, {"hostname": "node-1"}],
     }
-    assert verdict.lift([{"a": 1, "b": 2}, {"a": 1}]) == ({"a": 1}, [{"b": 2}, {}])
-    assert verdict.lift([{"a": 1}]) == ({"a": 1}, [{}])
+    assert verdict.common_and_rest([{"a": 1, "b": 2}, {"a": 1}]) == ({"a": 1}, [{"b": 2}, {}])
+    assert verdict.common_and_rest([{"a": 1}]) == ({"a": 1}, [{}])
 
 
 def test_the_cost_of_the_harness_is_the_worst_ranks_best_block() -> None:
