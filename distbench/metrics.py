@@ -26,7 +26,7 @@ QUANTILES = {
     "p99": 0.99,
     "p99.9": 0.999,
 }
-ONE_WINDOW = "one window has no interval: repeat windows or launches"
+ONE_WINDOW = "one window gives no interval: repeat windows or launches"
 NO_INTERVAL = "no interval is computed for it by this version"
 
 

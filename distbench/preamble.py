@@ -79,16 +79,7 @@ def describe_rank(
 ) -> dict[str, Any]:
     """Return this rank's rank.json: everything known before the window."""
     snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
-    findings = [asdict(finding) for finding in world.findings] if world.rank == 0 else []
-    if world.rank == 0:
-        findings += [asdict(finding) for finding in _planned(settings, rates, cut)]
-    side = world.side
-    told = side.meet(
-        "first:exchanges",
-        b"",
-        lambda _: to_json({str(r): exchanges_of(world, r) for r in side.leaders()}),
-    )
-    leader = side.leader_of(world.rank)
+    known = [*world.findings, *_planned(settings, rates, cut)]
     return {
         "schema_version": SCHEMA_VERSION,
         "scenario": "offline",
@@ -121,15 +112,27 @@ def describe_rank(
             "groups": warm.groups,
         },
         "harness": harness,
-        "clock": {
-            "domain": side.seats[world.rank].domain,
-            "leader": leader,
-            "exchanges": json.loads(told).get(str(leader), []),
-        },
+        "clock": _first_clock(world),
         "environment": describe(world.device),
         "gpu_before": snapshot,
         "foreign_before": _foreign(snapshot),
-        "findings": findings,
+        "findings": [asdict(f) for f in known] if world.rank == 0 else [],
+    }
+
+
+def _first_clock(world: World) -> dict[str, Any]:
+    """Return this rank's clock as measured before the window: rank 0 tells all; all ranks call it."""
+    side = world.side
+    told = side.meet(
+        "first:exchanges",
+        b"",
+        lambda _: to_json({str(r): exchanges_of(world, r) for r in side.leaders()}),
+    )
+    leader = side.leader_of(world.rank)
+    return {
+        "domain": side.seats[world.rank].domain,
+        "leader": leader,
+        "exchanges": json.loads(told).get(str(leader), []),
     }
 
 

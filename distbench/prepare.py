@@ -49,7 +49,11 @@ _AT = {name: place for place, name in enumerate(ALL_COLUMNS)}
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run Offline; see ``run_offline`` for the meaning of each."""
+    """How to run a window; see ``offline.run_offline`` for the meaning of each.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
 
     batch_size: int = 32
     duration_ns: int = 5_000_000_000
@@ -64,6 +68,19 @@ class Settings:
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     model_name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UsageError(f"a batch size of {self.batch_size} is below 1")
+        if self.duration_ns <= 0 or self.warmup_ns < 0:
+            raise UsageError("the duration must be above zero, and the warm-up not negative")
+        if self.num_samples is not None and not 1 <= self.num_samples <= SAMPLE_LIMIT:
+            raise UsageError(
+                f"{self.num_samples} samples are not between 1 and {SAMPLE_LIMIT}, which is as "
+                "many as this version gathers (--num-samples)"
+            )
+        if self.shares not in ("even", "rate"):
+            raise UsageError(f"shares {self.shares!r} are neither even nor rate")
 
 
 @dataclass(frozen=True)

@@ -218,15 +218,7 @@ def join(
     """
     place = read_place()
     with ExitStack() as stack:
-        problem: DistbenchError | None = None
-        chosen = Device("cpu", 0, "", "", "", "")
-        try:
-            chosen = choose_device(device, place.local_rank)
-            stack.enter_context(lock_gpu(chosen.uuid))
-        except UsageError as error:
-            if place.alone:
-                raise
-            problem = error  # told to all ranks below, once the links are open
+        chosen, problem = _take_device(stack, device, place)
         store = None if place.alone else _open_store(place, timeout_s)
         interface, links, seats = open_links(stack, place, store, timeout_s)
         side = SideThread(seats, place.rank, links, now)
@@ -260,6 +252,20 @@ def join(
             raise
         finally:
             side.stop()
+
+
+def _take_device(
+    stack: ExitStack, asked: str, place: Place
+) -> tuple[Device, DistbenchError | None]:
+    """Choose and lock this rank's device, or return the problem, which all ranks are told later."""
+    try:
+        chosen = choose_device(asked, place.local_rank)
+        stack.enter_context(lock_gpu(chosen.uuid))
+    except UsageError as error:
+        if place.alone:
+            raise
+        return Device("cpu", 0, "", "", "", ""), error
+    return chosen, None
 
 
 def tell_end(end: End) -> None:

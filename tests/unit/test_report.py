@@ -22,8 +22,8 @@ MEASUREMENT VALID; MLPerf v5.0 gates: not applied
 offline  sleep,per_sample=25ms  2 ranks on 2 hosts (node-0, node-1)  batch size 4  80 samples  \
 seed 0  shares even
 
-throughput       72.727 samples/s  (clock bound +-4.4e-06 of it; no interval: one window has no \
-interval: repeat windows or launches)
+throughput       72.727 samples/s  (+-4.4e-06 of it by the clocks; one window gives no interval: \
+repeat windows or launches)
 makespan         1.100000 s  +-4.80 us
 
 latency      n      p50      p90      p95      p97      p99    p99.9      max     mean
