@@ -102,10 +102,12 @@ def summary(report: Report, rounds: Stamps, held: Stamps) -> None:
         ],
         TAIL,
     )
+    latest = ((rounds[:, :, STAMP] - rounds[:, :, AGREED]).max(axis=1) / 1e3).tolist()
     ratio = [median(agreed[i] for i in on_time) / median(barrier)] if enough else []
     report.table(
         "Agreed starts",
         [
+            Row("lateness of the latest rank", latest, "us"),
             Row("rehearsals", [each["attempts"] for each in told]),
             Row("ratio of medians, on time / barrier", ratio, limit=RATIO_LIMIT, note=lack),
         ],

@@ -1,10 +1,9 @@
 """The side thread of a rank: heartbeats, clock pings, meetings, signals; awake once a second.
 
 It owns the rank's links from ``join`` to teardown. On rank 0 it pings the other clock domains and
-watches every rank; elsewhere it answers and watches rank 0. A rank is lost at the end of its link,
-after 5 s of silence, or when its count of ended rows stands still with work in flight. Then this
-thread, not the loop's, calls ``on_end``, which saves what there is, and the process ends: the loop
-may be stuck in a kernel or a collective that will never return.
+watches every rank; elsewhere it watches rank 0. A rank is lost at the end of its link, after 5 s of
+silence, or when its count of ended rows stands still with work in flight. Then this thread calls
+``on_end``, which saves what there is, and the process ends: the loop may never return.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-from distbench import wire
+from distbench import pings, wire
 from distbench.clock import ClockModel, Exchange, Now, measure_exchange, now_ns
 from distbench.errors import ClockError, DistbenchError, IncompleteError
 from distbench.wire import Link, LinkClosed, Seat
@@ -32,11 +31,8 @@ SILENCE_S = 5.0
 EXCHANGE_TRIPS = 100
 WINDOW_TRIPS = 3
 """Round trips a second and domain in the window: each one takes the loop's interpreter lock."""
-TRIP_TIMEOUT_S = 0.25
 END_S = 8.0
 """How long saving may take once the end is known."""
-_STAMP = struct.Struct("<qI")
-_PONG = struct.Struct("<qqq")
 _HEART = struct.Struct("<q?")
 
 
@@ -98,6 +94,7 @@ class SideThread:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         for link in links.values():
+            link.connection.settimeout(SILENCE_S)
             self._selector.register(link, selectors.EVENT_READ, link)
         self._thread = threading.Thread(target=self._run, name="distbench-side", daemon=True)
 
@@ -108,11 +105,7 @@ class SideThread:
         self._thread.start()
 
     def wake_on_signals(self) -> int:
-        """Let SIGTERM reach this thread at once, even while the loop is inside a kernel.
-
-        Returns:
-            The descriptor to give to ``signal.set_wakeup_fd``.
-        """
+        """Return the descriptor for ``signal.set_wakeup_fd``: SIGTERM then reaches this thread."""
         return self._wake_write.fileno()
 
     def meet(self, name: str, payload: bytes = b"", answer: Answer | None = None) -> bytes:
@@ -177,7 +170,7 @@ class SideThread:
         if leader != 0 and not made:
             raise ClockError(
                 f"the clock of {self.seats[leader]} is not known: no ping came back from it within "
-                f"{TRIP_TIMEOUT_S} s; is its host or the network overloaded?"
+                f"{pings.TRIP_TIMEOUT_S} s; is its host or the network overloaded?"
             )
         return ClockModel.fit(made)
 
@@ -263,7 +256,7 @@ class SideThread:
     def _handle(self, link: Link, kind: int, payload: bytes) -> None:
         rank = link.seat.rank
         if kind == wire.PING:
-            self._answer_pings(link, payload)
+            pings.answer_pings(link, payload, self.now, self._handle)
         elif kind == wire.HEART:
             count, flying = _HEART.unpack(payload)
             self._count(rank, count, flying)
@@ -308,64 +301,19 @@ class SideThread:
     # -- clocks ----------------------------------------------------------------------------------
 
     def _exchange(self, link: Link, count: int) -> None:
-        trips = []
-        for left in range(count, 0, -1):
-            t0 = self.now()
-            self._send(link, wire.PING, _STAMP.pack(t0, left - 1), ignore=True)
-            back = self._pong(link, t0)
-            if back is None:
-                break
-            trips.append((t0, *back, self._pong_at))
-        if not trips:
-            return
         try:
-            measured = measure_exchange(trips)
+            trips = pings.exchange_trips(link, count, self.now, self._handle)
+            measured = measure_exchange(trips) if trips else None
+        except LinkClosed as error:
+            self._closed(link, str(error))
+            return
         except ClockError as error:
             end = End("failed", link.seat.rank, link.seat.host, str(error), error.exit_code)
             self._spread(wire.FAILED, end, spare=-1)
             return
-        with self._lock:
-            self.exchanges.setdefault(link.seat.rank, []).append(measured)
-
-    def _pong(self, link: Link, t0: int) -> tuple[int, int] | None:
-        """Wait for the answer to one ping; other frames that come meanwhile are handled."""
-        link.connection.settimeout(TRIP_TIMEOUT_S)
-        try:
-            while True:
-                kind, payload = link.receive()
-                self._pong_at = self.now()
-                if kind != wire.PONG:
-                    self._handle(link, kind, payload)
-                    continue
-                echoed, t1, t2 = _PONG.unpack(payload)
-                if echoed == t0:
-                    return t1, t2
-        except TimeoutError:
-            return None
-        except LinkClosed as error:
-            self._closed(link, str(error))
-            return None
-        finally:
-            link.connection.settimeout(SILENCE_S)
-
-    def _answer_pings(self, link: Link, payload: bytes) -> None:
-        """Answer a ping, and stay for the rest of its series without going through the selector."""
-        link.connection.settimeout(TRIP_TIMEOUT_S)
-        try:
-            while True:
-                arrived = self.now()
-                t0, left = _STAMP.unpack(payload)
-                link.send(wire.PONG, _PONG.pack(t0, arrived, self.now()))
-                if not left:
-                    return
-                kind, payload = link.receive()
-                if kind != wire.PING:
-                    self._handle(link, kind, payload)
-                    return
-        except (TimeoutError, LinkClosed):
-            return  # the selector sees what comes next, the end of the link included
-        finally:
-            link.connection.settimeout(SILENCE_S)
+        if measured is not None:
+            with self._lock:
+                self.exchanges.setdefault(link.seat.rank, []).append(measured)
 
     # -- once a second ---------------------------------------------------------------------------
 

@@ -121,7 +121,7 @@ def describe_rank(
 
 
 def _first_clock(world: World) -> dict[str, Any]:
-    """Return this rank's clock as measured before the window: rank 0 tells all; all ranks call it."""
+    """Return this rank's clock as measured before the window; all ranks call it, rank 0 tells."""
     side = world.side
     told = side.meet(
         "first:exchanges",

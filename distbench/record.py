@@ -275,7 +275,7 @@ def progress_line(total: int, quiet: bool) -> Any:
     if quiet:
         return lambda _rows: None
     if sys.stderr.isatty():
-        from tqdm import tqdm  # type: ignore[import-untyped]  # noqa: PLC0415
+        from tqdm import tqdm  # noqa: PLC0415
 
         bar = tqdm(total=total, unit="sample", leave=False, mininterval=0.9)
         return lambda rows: bar.update(rows - bar.n)

@@ -95,8 +95,6 @@ def open_links(
             raise UsageError(f"{own} lost rank 0 while the other ranks joined: {error}") from error
         seats = [wire.read_seat(fields) for fields in json.loads(roster)]
         links = {0: link}
-    for link in links.values():
-        link.connection.settimeout(wire.ECHO_TIMEOUT_S)
     domains = len({seat.domain for seat in seats})
     if domains > MAX_DOMAINS:
         raise UsageError(

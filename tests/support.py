@@ -40,7 +40,7 @@ def run_ranks(
     env: Mapping[str, str] | None = None,
     allow_exit: Sequence[int] = (),
 ) -> list[Any]:
-    """Call ``fn(*args)`` in ``n`` processes with torchrun's environment, and return what they return.
+    """Call ``fn(*args)`` in ``n`` processes with torchrun's environment; returns what they return.
 
     Args:
         fn: a module-level function.

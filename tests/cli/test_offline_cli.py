@@ -70,7 +70,8 @@ def test_random_weights_get_no_accuracy(tmp_path: Path) -> None:
 
 def test_the_users_own_factory_in_the_current_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
-        "def build(world):\n    return lambda indices: [int(i) * world.world_size for i in indices]\n"
+        "def build(world):\n"
+        "    return lambda indices: [int(i) * world.world_size for i in indices]\n"
     )
     argv = ["--model", "mine:build", "--num-samples", "100", "--batch-size", "7"]
     done = torchrun(2, OFFLINE, *argv, "--warmup", "10ms", cwd=tmp_path)

@@ -158,6 +158,16 @@ def test_a_disk_too_small_is_refused_and_leaves_nothing(
         assert listed.stdout == "", "nothing may be left half-written"
 
 
+COUNT = """
+import glob, json, sys
+import numpy as np
+for name in glob.glob(sys.argv[1] + '/*/ranks/*/samples.npy'):
+    columns = json.load(open(name.replace('samples.npy', 'rank.json')))['columns']
+    rows = np.load(name, mmap_mode='r')
+    done = rows[:, columns.index('completed')] >= 0
+    print(len(rows), rows[done, columns.index('count')].sum())
+"""
+
 FILL = """
 import os, sys, time
 folder = sys.argv[1]
@@ -201,15 +211,7 @@ def test_a_disk_that_fills_up_in_the_window_loses_no_sample(
     else:
         assert "MEASUREMENT INCOMPLETE" in told[0][1] or "rank 1 (jw3)" in told[0][1], text
     # Every sample is in the rank's own file, whatever else could not be written.
-    script = (
-        "import glob, json, numpy as np\n"
-        "for f in glob.glob(%r + '/*/ranks/*/samples.npy'):\n"
-        "    c = json.load(open(f.replace('samples.npy', 'rank.json')))['columns']\n"
-        "    r = np.load(f, mmap_mode='r')\n"
-        "    d = r[:, c.index('completed')] >= 0\n"
-        "    print(len(r), r[d, c.index('count')].sum())\n" % str(outs[host])
-    )
-    listed = hosts.run(host, [sys.executable, "-c", script], env=_env())
+    listed = hosts.run(host, [sys.executable, "-c", COUNT, str(outs[host])], env=_env())
     for line in listed.stdout.splitlines():
         rows, done = line.split()
         assert rows == done

@@ -18,7 +18,7 @@ PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock arrivals loadgen_rng quantiles stats rules run metrics findings "
-    "verdict report compare wire liveness network driver cli",
+    "verdict report compare wire pings liveness network driver cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines parallel telemetry prepare record "
     "preamble finish probe nvml",

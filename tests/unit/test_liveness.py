@@ -13,12 +13,11 @@ import socket
 import struct
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
-from distbench import liveness, wire
+from distbench import liveness, pings, wire
 from distbench.clock import ClockModel, Exchange, SkewedClock, now_ns
 from distbench.errors import ClockError, DistbenchError, UsageError
 from distbench.liveness import End, SideThread
@@ -125,18 +124,12 @@ class Ranks:
 @pytest.fixture
 def ranks(monkeypatch):
     monkeypatch.setattr(liveness, "TICK_S", TICK_S)
-    monkeypatch.setattr(liveness, "TRIP_TIMEOUT_S", 5.0)  # a busy machine is no lost ping
+    monkeypatch.setattr(pings, "TRIP_TIMEOUT_S", 5.0)  # a busy machine is no lost ping
     made = Ranks()
     monkeypatch.setattr(liveness, "os", SimpleNamespace(_exit=made.leave))
     yield made
     made.close()
     assert made.ends.empty()
-
-
-@pytest.fixture
-def pool():
-    with ThreadPoolExecutor(8) as threads:
-        yield threads
 
 
 def heart(count, flying):
@@ -251,7 +244,7 @@ def test_leaders_are_the_first_ranks_of_the_other_domains(ranks):
 
 
 def test_a_clock_that_never_answers_is_an_error_and_not_offset_0(ranks, monkeypatch):
-    monkeypatch.setattr(liveness, "TRIP_TIMEOUT_S", TICK_S)
+    monkeypatch.setattr(pings, "TRIP_TIMEOUT_S", TICK_S)
     side, _ = ranks.with_a_bare_peer(domain="clock-1")
     with pytest.raises(ClockError, match=r"clock of rank 1 \(host-1\) is not known: no ping"):
         side.exchange_clocks()
@@ -259,7 +252,7 @@ def test_a_clock_that_never_answers_is_an_error_and_not_offset_0(ranks, monkeypa
         side.model(1)
 
 
-def test_a_clock_that_steps_ends_the_run(ranks):
+def test_a_clock_that_steps_ends_the_run(ranks, pool):
     jump = []
 
     def stepping():
@@ -269,12 +262,12 @@ def test_a_clock_that_steps_ends_the_run(ranks):
     side, *_ = ranks.star(2, ["clock-0", "clock-1"], [now_ns, stepping], start=False)
     for each in ranks.sides:
         each.start()
-    with ThreadPoolExecutor(1) as one:
-        one.submit(side.exchange_clocks)
-        ends = ranks.ended(2)
-        side._requests = 0  # what waits for the exchange would have ended with its process
-        with side._lock:
-            side._news.notify_all()
+    exchanging = pool.submit(side.exchange_clocks)
+    ends = ranks.ended(2)
+    with side._lock:  # what waits for the exchange would have ended with its process
+        side._requests = 0
+        side._news.notify_all()
+    assert isinstance(exchanging.exception(WAIT_S), ClockError)
     for end in ends.values():
         assert (end.code, end.rank, end.exit_code) == ("failed", 1, 1)
         assert "contradict each other" in end.sentence
@@ -313,7 +306,7 @@ def test_late_pongs_and_other_frames_do_not_disturb_an_exchange(ranks, pool, mon
 
 
 def test_pings_that_come_back_are_kept_when_a_later_one_is_lost(ranks, pool, monkeypatch):
-    monkeypatch.setattr(liveness, "TRIP_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(pings, "TRIP_TIMEOUT_S", 1.0)
     monkeypatch.setattr(liveness, "TICK_S", WAIT_S)
     side, peer = ranks.with_a_bare_peer(domain="clock-1")
 
@@ -363,7 +356,7 @@ def test_a_series_of_pings_is_answered_and_may_be_broken_off(ranks):
 
 
 def test_a_series_of_pings_that_stops_does_not_hold_the_side_thread(ranks, monkeypatch):
-    monkeypatch.setattr(liveness, "TRIP_TIMEOUT_S", TICK_S)
+    monkeypatch.setattr(pings, "TRIP_TIMEOUT_S", TICK_S)
     side, peer = ranks.with_a_bare_peer(rank=1, peer=0)
     ticks = queue.Queue()
     side.on_tick = lambda: ticks.put(None)

@@ -481,7 +481,7 @@ def codes_in(path: Path) -> set[str]:
             continue
         code = call.args[1]
         if isinstance(code, ast.JoinedStr):
-            assert ast.unparse(code) == """f"rank-{end['code']}\""""
+            assert ast.dump(code) == ast.dump(ast.parse("f'rank-{end[\"code\"]}'").body[0].value)
             codes |= {"rank-lost", "rank-failed", "rank-terminated"}
         elif isinstance(code, ast.Constant):
             codes.add(code.value)
