@@ -29,10 +29,8 @@ from distbench.wire import Link, LinkClosed, Seat
 TICK_S = 1.0
 SILENCE_S = 5.0
 EXCHANGE_TRIPS = 100
-WINDOW_TRIPS = 3
-"""Round trips a second and domain in the window: each one takes the loop's interpreter lock."""
-END_S = 8.0
-"""How long saving may take once the end is known."""
+WINDOW_TRIPS = 3  # a second and domain: each trip takes the loop's interpreter lock
+END_S = 8.0  # how long saving may take once the end is known
 _HEART = struct.Struct("<q?")
 
 
@@ -95,6 +93,7 @@ class SideThread:
         self._selector.register(self._wake_read, selectors.EVENT_READ)
         for link in links.values():
             link.connection.settimeout(SILENCE_S)
+            link.clock = now
             self._selector.register(link, selectors.EVENT_READ, link)
         self._thread = threading.Thread(target=self._run, name="distbench-side", daemon=True)
 

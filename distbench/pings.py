@@ -23,7 +23,7 @@ def exchange_trips(
     """Make round trips, each sent when the one before is back; the asking side.
 
     Args:
-        link: to the peer, whose thread answers with ``answer_pings``.
+        link: to the peer, whose thread answers with ``answer_pings``; its clock is ``now``.
         count: round trips.
         now: this side's clock.
         other: handles other frames that arrive meanwhile.
@@ -39,26 +39,25 @@ def exchange_trips(
     for left in range(count, 0, -1):
         t0 = now()
         link.send(wire.PING, _PING.pack(t0, left - 1))
-        back = _await_pong(link, t0, now, other)
+        back = _await_pong(link, t0, other)
         if back is None:
             break
         trips.append((t0, *back))
     return trips
 
 
-def _await_pong(link: Link, t0: int, now: Now, other: Other) -> tuple[int, int, int] | None:
+def _await_pong(link: Link, t0: int, other: Other) -> tuple[int, int, int] | None:
     limit_s = link.connection.gettimeout()
     link.connection.settimeout(TRIP_TIMEOUT_S)
     try:
         while True:
             kind, payload = link.receive()
-            t3 = now()
             if kind != wire.PONG:
                 other(link, kind, payload)
                 continue
             echoed, t1, t2 = _PONG.unpack(payload)
             if echoed == t0:  # else the late answer to a ping that was given up
-                return t1, t2, t3
+                return t1, t2, link.arrived_ns
     except TimeoutError:
         return None
     finally:
@@ -70,24 +69,22 @@ def answer_pings(link: Link, payload: bytes, now: Now, other: Other) -> None:
 
     Args:
         link: to the asking side.
-        payload: of the first ping.
+        payload: of the first ping, the last frame that was received.
         now: this side's clock.
         other: handles another frame that arrives in place of the next ping.
 
     Raises:
         LinkClosed: the asking side is gone.
     """
-    arrived = now()
     limit_s = link.connection.gettimeout()
     link.connection.settimeout(TRIP_TIMEOUT_S)
     try:
         while True:
             t0, left = _PING.unpack(payload)
-            link.send(wire.PONG, _PONG.pack(t0, arrived, now()))
+            link.send(wire.PONG, _PONG.pack(t0, link.arrived_ns, now()))
             if not left:
                 return
             kind, payload = link.receive()
-            arrived = now()
             if kind != wire.PING:
                 other(link, kind, payload)
                 return

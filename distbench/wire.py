@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from distbench.clock import Now, now_ns
 from distbench.errors import DistbenchError, UsageError, where
 
 HEADER = struct.Struct("<BI")
@@ -67,12 +68,17 @@ class Link:
     Attributes:
         seat: who is at the other end.
         heard_ns: when the last frame arrived, on CLOCK_MONOTONIC; set by the receiving thread.
+        clock: the clock that ``arrived_ns`` is read from.
+        arrived_ns: when the first bytes of the last frame were there, before any work on them:
+            what Python does with a frame must not widen a clock's bound.
     """
 
     def __init__(self, connection: socket.socket, seat: Seat) -> None:
         self.connection = connection
         self.seat = seat
         self.heard_ns = time.monotonic_ns()
+        self.clock: Now = now_ns
+        self.arrived_ns = 0
         self._sending = threading.Lock()
         self._unread = bytearray()
 
@@ -123,6 +129,8 @@ class Link:
                 raise
             except OSError as error:
                 raise LinkClosed(f"the link to {self.seat} broke: {error}") from error
+            if not self._unread:
+                self.arrived_ns = self.clock()
             if not piece:
                 raise LinkClosed(f"{self.seat} closed its link")
             self._unread += piece

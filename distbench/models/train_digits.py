@@ -39,6 +39,7 @@ EPOCHS = 60
 BATCH_SIZE = 64
 PEAK_LEARNING_RATE = 1e-2
 WEIGHT_DECAY = 0.1
+AVERAGED_EPOCHS = 20
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,8 @@ def data_from_sklearn() -> dict[str, NDArray[Any]]:
     from sklearn.datasets import load_digits  # noqa: PLC0415  # a source, not a dependency
 
     bunch = load_digits()
-    order = np.random.default_rng(SEED).permutation(len(bunch.target))
+    generator = np.random.RandomState(SEED)  # what train_test_split draws from
+    order = generator.permutation(len(bunch.target))
     return {
         "images": bunch.images.astype(np.uint8),
         "labels": bunch.target.astype(np.uint8),
@@ -87,7 +89,8 @@ def data_from_sklearn() -> dict[str, NDArray[Any]]:
 def train(data: DigitsData) -> dict[str, NDArray[Any]]:
     """Train on the rows that are not held out.
 
-    AdamW under a one-cycle learning rate, on images shifted by up to one pixel each way.
+    AdamW under a one-cycle learning rate, on images shifted by up to one pixel each way. The result
+    is the mean of the states after each of the last ``AVERAGED_EPOCHS`` epochs.
 
     Args:
         data: the digits.
@@ -101,6 +104,7 @@ def train(data: DigitsData) -> dict[str, NDArray[Any]]:
     labels = torch.from_numpy(data.labels[kept]).long()
     net = random_net(TRAINED_WIDTH, TRAINED_DEPTH, SEED)
     net.layers = with_batch_norms(net.layers)
+    average = torch.optim.swa_utils.AveragedModel(net, use_buffers=True)
     optimizer = torch.optim.AdamW(net.parameters(), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer,
@@ -109,7 +113,7 @@ def train(data: DigitsData) -> dict[str, NDArray[Any]]:
         steps_per_epoch=-(-len(kept) // BATCH_SIZE),
     )
     generator = torch.Generator().manual_seed(SEED)
-    for _ in range(EPOCHS):
+    for epoch in range(EPOCHS):
         for rows in batches(len(kept), generator):
             logits = net(shift(images[rows], generator))
             loss = nn.functional.cross_entropy(logits, labels[rows])
@@ -117,8 +121,12 @@ def train(data: DigitsData) -> dict[str, NDArray[Any]]:
             torch.autograd.backward(loss)
             optimizer.step()
             schedule.step()
-    net.layers = without_batch_norms(net.layers.eval())
-    return {name: tensor.half().numpy() for name, tensor in net.state_dict().items()}
+        if epoch >= EPOCHS - AVERAGED_EPOCHS:
+            average.update_parameters(net)
+    averaged = average.module
+    assert isinstance(averaged, DigitsNet)
+    averaged.layers = without_batch_norms(averaged.layers.eval())
+    return {name: tensor.half().numpy() for name, tensor in averaged.state_dict().items()}
 
 
 def count_right(weights: dict[str, NDArray[Any]], data: DigitsData) -> int:

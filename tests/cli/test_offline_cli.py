@@ -148,7 +148,7 @@ def test_strict_gives_3_for_a_run_that_is_not_valid(tmp_path: Path) -> None:
 
 @contextmanager
 def _job(n: int, folder: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
-    """Start the command on ``n`` ranks by torchrun, or without it for 0; gone when the test ends."""
+    """Start the command on ``n`` ranks by torchrun, or without it for 0; ends with the test."""
     command = torchrun_argv(n, OFFLINE) if n else [OFFLINE]
     with subprocess.Popen(
         [sys.executable, "-m", *command, *argv, "--output-dir", str(folder)],

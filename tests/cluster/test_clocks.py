@@ -116,10 +116,13 @@ def test_every_exchange_holds_the_true_offset(told: list[dict[str, Any]]) -> Non
 
 
 def test_the_socket_bound_is_a_third_of_gloos_or_less(told: list[dict[str, Any]]) -> None:
-    socket = sorted(bound for _, bound in told[0]["socket"])
-    gloo = sorted(bound for _, bound in told[0]["gloo"])
-    # Medians of 200 and 20 on the same pair in the same minute; the known ratio is 1/5 to 1/8.
-    assert socket[len(socket) // 2] <= gloo[len(gloo) // 2] / 3
+    gloo = [bound for _, bound in told[0]["gloo"]]
+    every = len(told[0]["socket"]) // len(gloo)
+    socket = [bound for _, bound in told[0]["socket"][::every]][: len(gloo)]
+    # The best of as many exchanges each, on the same pair, interleaved: other work on the machine
+    # only ever widens a bound. Medians are printed by benchmarks/exchange.py.
+    assert len(socket) == len(gloo) == EXCHANGES // 10
+    assert min(socket) <= min(gloo) / 3
 
 
 def test_the_start_skew_is_true_within_its_bound(told: list[dict[str, Any]]) -> None:

@@ -252,7 +252,8 @@ def test_a_clock_that_never_answers_is_an_error_and_not_offset_0(ranks, monkeypa
         side.model(1)
 
 
-def test_a_clock_that_steps_ends_the_run(ranks, pool):
+def test_a_clock_that_steps_ends_the_run(ranks, pool, monkeypatch):
+    monkeypatch.setattr(liveness, "TICK_S", WAIT_S)
     jump = []
 
     def stepping():
