@@ -135,7 +135,7 @@ def main() -> None:
         if world.world_size == 1:
             raise SystemExit("start with torchrun: one rank has nothing to gather")
         report = Report("gather", vars(options), silent=world.rank != 0)
-        report.say(f"{world.world_size} ranks on {len(set(world.hosts))} host over {world.backend}")
+        report.say(f"{world.world_size} ranks, {len(set(world.hosts))} host(s), {world.backend}")
         compare(world, report, options.samples, 1, options.rounds)
         compare(world, report, options.samples // 4, 8, options.rounds)
         peaks = [bytes_ / 2**20 for bytes_ in world.gather_json(memory_bytes("VmHWM"))]

@@ -192,8 +192,12 @@ def _dashed(word: str) -> str:
 
 
 def command_line(module: str, argv: Sequence[str]) -> str:
-    """Return the command as it can be typed again."""
-    return shlex.join(["python", "-m", module, *argv])
+    """Return the command as it can be typed again, with torchrun where torchrun started it."""
+    nodes, local = os.environ.get("GROUP_WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")
+    started = ["python"]
+    if nodes and local:
+        started = ["torchrun", "--nnodes", nodes, "--nproc-per-node", local]
+    return shlex.join([*started, "-m", module, *argv])
 
 
 def run_command(

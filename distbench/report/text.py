@@ -298,6 +298,8 @@ def _time(seconds: float | None) -> str:
     """
     if seconds is None:
         return "?"
+    if seconds == 0:
+        return "0 s"
     for factor, unit in ((1.0, "s"), (1e3, "ms"), (1e6, "us"), (1e9, "ns")):
         if abs(seconds) * factor >= 1 or unit == "ns":
             return f"{_sig(seconds * factor, 3)} {unit}"

@@ -11,9 +11,10 @@ from distbench.models import digits_data, train_digits
 from distbench.models.digits_data import SHA256, WEIGHTS_FILE
 from distbench.models.digits_net import DigitsNet, build_net, random_net, read_data
 
-# What the one training run gave. The closest call among all images is 0.33 apart in the logits, so
+# What the one training run gave. The closest call among all images is 0.21 apart in the logits, so
 # float32 rounding, which differs between machines, cannot change it.
-HELD_OUT_RIGHT = 355
+HELD_OUT_RIGHT = 360
+REQUIRED_RIGHT = 357
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,9 @@ def logits(net, images):
 
 def test_held_out_accuracy(net, data):
     answers = logits(net, data.images[data.held_out]).argmax(dim=1).numpy()
-    assert np.count_nonzero(answers == data.labels[data.held_out]) == HELD_OUT_RIGHT
+    right = np.count_nonzero(answers == data.labels[data.held_out])
+    assert right >= REQUIRED_RIGHT
+    assert right == HELD_OUT_RIGHT
 
 
 def test_no_answer_hangs_on_rounding(net, data):
@@ -152,3 +155,25 @@ def test_a_short_training_learns_and_can_be_repeated(data, monkeypatch):
     first, second = train_digits.train(data), train_digits.train(data)
     assert all(np.array_equal(first[name], second[name]) for name in first)
     assert train_digits.count_right(first, data) > 180
+
+
+def test_training_averages_the_last_epochs(data, monkeypatch):
+    monkeypatch.setattr(train_digits, "EPOCHS", 2)
+    both = train_digits.train(data)
+    monkeypatch.setattr(train_digits, "AVERAGED_EPOCHS", 1)
+    last = train_digits.train(data)
+    assert not np.array_equal(both["head.weight"], last["head.weight"])
+
+
+def test_training_sees_no_held_out_row(data, monkeypatch):
+    seen = set()
+
+    def spy(images, generator):
+        seen.update(image.tobytes() for image in images.numpy())
+        return images
+
+    monkeypatch.setattr(train_digits, "EPOCHS", 1)
+    monkeypatch.setattr(train_digits, "shift", spy)
+    train_digits.train(data)
+    assert len(seen) == 1437
+    assert seen.isdisjoint(image.tobytes() for image in data.images[data.held_out])

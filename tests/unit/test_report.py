@@ -39,7 +39,7 @@ memory peak      160.0 MB, 2.0% of the device's (resident memory of the process)
 
 rank    host  device  samples  share  samples/s  finish    idle  busy
 0     node-0     cpu       40  50.0%     40.000  1.00 s  100 ms   63%
-1     node-1     cpu       40  50.0%     36.364  1.10 s  0.0 ns   57%
+1     node-1     cpu       40  50.0%     36.364  1.10 s     0 s   57%
 
 TRUST
   start skew     15.0 us +-4.80 us; late ranks: none; attempts: 1
@@ -327,7 +327,7 @@ def test_four_findings_of_a_kind_are_enough(count: int, told: int) -> None:
     ("seconds", "shown"),
     [
         (None, "?"),
-        (0.0, "0.0 ns"),
+        (0.0, "0 s"),
         (12.345, "12.3 s"),
         (1.0, "1.00 s"),
         (0.9994, "999 ms"),

@@ -1,0 +1,185 @@
+"""What the benchmarks share; and, asked for with -m slow, that each of them runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import REPO, environment
+
+BENCHMARKS = REPO / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import common
+
+    return common
+
+
+def test_a_ratio_is_formed_within_each_round(common: Any) -> None:
+    assert common.ratios([2, 30, 8], [1, 10, 2]) == [2, 3, 4]
+    with pytest.raises(ValueError, match="zip"):
+        common.ratios([1], [1, 2])
+
+
+def test_cases_run_in_turn(common: Any) -> None:
+    calls: list[str] = []
+
+    def case(name: str) -> Any:
+        return lambda: calls.append(name) or float(len(calls))
+
+    told = common.interleave(3, a=case("A"), b=case("B"))
+    assert calls == ["A", "B"] * 3
+    assert told == {"a": [1, 3, 5], "b": [2, 4, 6]}
+
+
+def test_a_limit_is_held_by_the_median(common: Any) -> None:
+    assert common.Row("x", [1, 2, 90], limit=2).held is True
+    assert common.Row("x", [1, 3, 3], limit=2).held is False
+    assert common.Row("x", [1]).held is None
+    assert common.Row("x", [], limit=2).held is None
+
+
+def test_quantiles_are_those_of_loadgen(common: Any) -> None:
+    values = list(range(100, 0, -1))
+    assert common.quantile(values, 0.9) == 91
+    assert common.quantile(values, 0.99) == 100
+    assert common.quantile([7], 0.99) == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.00012345, "1.23e-04"),
+        (0.012345, "0.01235"),
+        (19.27, "19.27"),
+        (12345.6, "12,346"),
+    ],
+)
+def test_numbers_are_short(common: Any, value: float, text: str) -> None:
+    assert common.show(value) == text
+
+
+def test_the_file_holds_what_was_printed_and_every_value(
+    common: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "told.json"
+    report = common.Report("mine", {"rounds": 3, "folder": tmp_path, "json": str(path)})
+    report.say("a sentence")
+    rows = [
+        common.Row("fast", [3.0, 1.0, 2.0], "ns", limit=1),
+        common.Row("never", [], note="not measurable"),
+    ]
+    report.table("A table", rows, {"p90": 0.9})
+    report.end(str(path))
+    printed = capsys.readouterr().out
+    for text in (
+        "a sentence",
+        "A table",
+        "p90",
+        "limit 1: MISSED",
+        "not measurable",
+        "load average",
+    ):
+        assert text in printed
+    told = json.loads(path.read_bytes())
+    assert told["options"] == {"rounds": 3, "folder": str(tmp_path)}
+    (table,) = told["tables"]
+    fast, never = table["rows"]
+    assert (fast["median"], fast["min"], fast["max"], fast["p90"]) == (2, 1, 3, 3)
+    assert fast["values"] == [3, 1, 2]
+    assert (fast["held"], never["held"], never["median"]) == (False, None, None)
+    assert set(told["load_average"]) == {"begin", "end"}
+    assert [p.name for p in tmp_path.iterdir()] == ["told.json"]
+
+
+def test_a_rank_that_is_silent_prints_and_writes_nothing(
+    common: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = common.Report("mine", {}, silent=True)
+    report.table("A table", [common.Row("x", [1])])
+    report.end(str(tmp_path / "told.json"))
+    assert capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def _gpu_script(tmp_path: Path, says: str) -> subprocess.CompletedProcess[str]:
+    """Run gpu.sh with a stand-in for Python that answers the question about CUDA."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{says}\n")
+    python.chmod(0o755)
+    return subprocess.run(
+        ["bash", str(BENCHMARKS / "gpu.sh"), "--seconds", "1"],
+        env={**environment(), "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=30,
+        check=False,
+    )
+
+
+def _results() -> list[Path]:
+    return sorted((BENCHMARKS / "results").glob("*"))
+
+
+def test_without_a_gpu_nothing_is_measured_and_nothing_is_written(tmp_path: Path) -> None:
+    before = _results()
+    done = _gpu_script(tmp_path, "echo none")
+    assert (done.returncode, done.stdout) == (0, "no GPU here: nothing was measured\n")
+    assert _results() == before
+
+
+def test_with_a_gpu_everything_is_handed_to_the_measuring_script(tmp_path: Path) -> None:
+    done = _gpu_script(tmp_path, 'if [ "$1" = -c ]; then echo cuda; else echo "$PWD: $*"; fi')
+    assert (done.returncode, done.stdout) == (0, f"{REPO}: benchmarks/gpu.py --seconds 1\n")
+
+
+def test_a_python_that_fails_is_no_missing_gpu(tmp_path: Path) -> None:
+    done = _gpu_script(tmp_path, "exit 3")
+    assert done.returncode == 3
+    assert done.stdout == ""
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("overhead.py", "--rounds", "3"), "divided by one clock read"),
+        ((*TORCHRUN, "start_skew.py", "--rounds", "3"), "flagged 10 of 10"),
+        ((*TORCHRUN, "gather.py", "--samples", "1000", "--rounds", "2"), "1,000 rows, 1 column"),
+        ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
+    ],
+    ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",
+)
+def test_a_benchmark_runs_from_a_plain_checkout(
+    tmp_path: Path, argv: tuple[str, ...], words: str
+) -> None:
+    path = tmp_path / "told.json"
+    script = [str(BENCHMARKS / each) if each.endswith(".py") else each for each in argv]
+    env = environment()
+    del env["PYTHONPATH"]
+    done = subprocess.run(
+        [sys.executable, *script, "--json", str(path)],
+        env=env,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert words in done.stdout
+    assert "load average" in done.stdout
+    assert json.loads(path.read_bytes())["tables"]
