@@ -24,7 +24,14 @@ from numpy.typing import NDArray
 
 from distbench.metrics import LATE_NS, RankTimes, start_section
 from distbench.run import RankRecord, Run
-from distbench.start import agree_start, measure_spin_ns, quiet, set_timer_slack, wait_until
+from distbench.start import (
+    agree_start,
+    measure_spin_ns,
+    own_processor,
+    quiet,
+    set_timer_slack,
+    wait_until,
+)
 from distbench.world import join
 
 if TYPE_CHECKING:
@@ -59,7 +66,8 @@ def one_round(world: World, name: str, hold_s: float = 0.0) -> list[int]:
     plan = agree_start(world, name, spin_ns)
     if hold_s:
         time.sleep(hold_s + (plan.local_ns - world.now()) / 1e9)
-    stamp = wait_until(plan.local_ns, world.now, spin_ns)
+    with own_processor(world):
+        stamp = wait_until(plan.local_ns, world.now, spin_ns)
     return [barrier, plan.local_ns, stamp, plan.attempts]
 
 

@@ -76,47 +76,48 @@ def offline_loop(
         errors: takes the first few messages of failed groups.
         now: the clock.
     """
+    cells, issue, depth = log.cells(), sut.issue, sut.depth
+    issued = cells["issued"]
     flying = 0
     for row, indices in groups:
-        log.issued[row] = now()
-        sut.issue(row, indices)
+        issued[row] = now()
+        issue(row, indices)
         flying += 1
-        while flying >= sut.depth:
-            flying -= collect(sut, log, kept, errors, now)
+        while flying >= depth:
+            flying -= collect(sut.poll(FOREVER), cells, kept, errors, now)
     while flying:
-        flying -= collect(sut, log, kept, errors, now)
+        flying -= collect(sut.poll(FOREVER), cells, kept, errors, now)
 
 
 def collect(
-    sut: SystemUnderTest, log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now
+    ended: Sequence[Done | First],
+    cells: dict[str, memoryview],
+    kept: dict[int, Any],
+    errors: list[str],
+    now: Now,
 ) -> int:
     """Stamp the groups that the SUT says are done; returns how many."""
-    ended = 0
-    for done in sut.poll(FOREVER):
+    groups = 0
+    for done in ended:
         stamp = now()
         if isinstance(done, First):
             continue
-        row = done.row
-        log.completed[row] = stamp
-        log.count[row] = done.count
-        if done.started_ns:
-            log.started[row] = done.started_ns
-            log.finished[row] = done.finished_ns
-        if done.device_ns:
-            log.device[row] = done.device_ns
-        if done.error or len(done.outputs) != done.count:
-            fail(log, errors, done)
+        row, count, outputs, error, started_ns, finished_ns, device_ns, _ = done
+        cells["completed"][row] = stamp
+        cells["count"][row] = count
+        if started_ns and "started" in cells:
+            cells["started"][row] = started_ns
+            cells["finished"][row] = finished_ns
+        if device_ns and "device" in cells:
+            cells["device"][row] = device_ns
+        if error or len(outputs) != count:
+            cells["completed"][row] = FAILED
+            if len(errors) < KEPT_ERRORS:
+                errors.append(error or f"{len(outputs)} outputs for {count} samples")
         elif row in kept:
-            kept[row] = done.outputs
-        ended += 1
-    return ended
-
-
-def fail(log: SampleLog, errors: list[str], done: Done) -> None:
-    """Mark a group as failed and keep its message, if it is one of the first."""
-    log.completed[done.row] = FAILED
-    if len(errors) < KEPT_ERRORS:
-        errors.append(done.error or f"{len(done.outputs)} outputs for {done.count} samples")
+            kept[row] = outputs
+        groups += 1
+    return groups
 
 
 def run_offline(
@@ -251,7 +252,8 @@ def window(
         }
         recorder.flying = True
         switches, delay_ns = schedstat()
-        started = start.wait_until(plan.local_ns, world.now, spin_ns)
+        with start.own_processor(world):
+            started = start.wait_until(plan.local_ns, world.now, spin_ns)
         try:
             offline_loop(sut, log, groups_of(order, batch), kept, errors, world.now)
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on

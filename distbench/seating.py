@@ -24,6 +24,7 @@ class Place:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    local_world_size: int = 1
     node: int = 0
     nodes: int = 1
     alone: bool = True
@@ -43,12 +44,13 @@ def read_place() -> Place:
         rank, size = numbers["rank"], numbers["world_size"]
         node = int(os.environ.get("GROUP_RANK", rank))
         nodes = int(os.environ.get("GROUP_WORLD_SIZE", size))
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     except (KeyError, ValueError) as error:
         raise UsageError(
             f"RANK is set but the rest of torchrun's environment is not usable ({error}): start "
             "with torchrun, or unset RANK to run one rank alone"
         ) from error
-    return Place(rank, size, numbers["local_rank"], node, nodes, alone=False)
+    return Place(rank, size, numbers["local_rank"], local, node, nodes, alone=False)
 
 
 def open_links(

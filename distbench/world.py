@@ -48,6 +48,7 @@ class World:
         rank: global rank.
         world_size: number of ranks.
         local_rank: rank within its host.
+        local_world_size: ranks on its host.
         node: number of its node.
         hosts: hostname of each rank.
         device: what this rank computes on.
@@ -64,6 +65,7 @@ class World:
     rank: int
     world_size: int
     local_rank: int
+    local_world_size: int
     node: int
     hosts: tuple[str, ...]
     device: Device
@@ -229,6 +231,7 @@ def join(
             rank=place.rank,
             world_size=place.world_size,
             local_rank=place.local_rank,
+            local_world_size=place.local_world_size,
             node=place.node,
             hosts=tuple(seat.host for seat in seats),
             device=chosen,

@@ -255,10 +255,17 @@ def test_help_names_every_option_with_its_default_and_exits_0(capsys):
     assert "--num-samples N samples of all ranks --device" in shown  # no default to tell
 
 
-def test_a_command_line_can_be_typed_again():
+def test_a_command_line_can_be_typed_again(monkeypatch):
     argv = ["--name", "two words", "--model", "m,key='x'"]
+    for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     typed = cli.command_line("distbench.offline", argv)
     assert shlex.split(typed) == ["python", "-m", "distbench.offline", *argv]
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    typed = cli.command_line("distbench.offline", argv)
+    start = "torchrun --nnodes 2 --nproc-per-node 4 -m distbench.offline"
+    assert shlex.split(typed) == [*start.split(), *argv]
 
 
 def test_config_is_made_of_what_was_written():

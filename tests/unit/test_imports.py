@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 
-LAYER_0 = "errors files samples clock quantiles network wire liveness cli run metrics verdict"
+LAYER_0 = "errors files samples clock quantiles network wire pings liveness cli run metrics verdict"
 ABOVE = "report.text verify salvage sut prepare finish record start"
 TORCH_FREE = [*LAYER_0.split(), *ABOVE.split()]
 

@@ -317,6 +317,28 @@ def test_the_loop_over_nothing_ends_every_row():
     assert seen == [(HARNESS_BATCHES * 8, [], HARNESS_BATCHES * 8)] * HARNESS_BLOCKS
 
 
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"batch_size": 0}, "a batch size of 0 is below 1"),
+        ({"duration_ns": 0}, "the duration must be above zero"),
+        ({"warmup_ns": -1}, "the warm-up not negative"),
+        ({"num_samples": 0}, "0 samples are not between 1 and 10000000"),
+        ({"num_samples": SAMPLE_LIMIT + 1}, "10000001 samples are not between 1 and 10000000"),
+        ({"shares": "fair"}, "shares 'fair' are neither even nor rate"),
+    ],
+)
+def test_settings_out_of_range_are_sentences(values, sentence):
+    with pytest.raises(UsageError) as caught:
+        Settings(**values)
+    assert sentence in str(caught.value)
+
+
+def test_settings_at_their_limits_are_taken():
+    Settings(batch_size=1, duration_ns=1, warmup_ns=0, num_samples=1, shares="rate")
+    Settings(num_samples=SAMPLE_LIMIT)
+
+
 def test_settings_stand_for_the_documented_defaults():
     settings = Settings()
     assert (settings.duration_ns, settings.warmup_ns) == (5 * S, S)

@@ -411,6 +411,27 @@ def test_a_link_is_heard_on_the_clock_of_its_watch(ends):
     assert link.fileno() == link.connection.fileno()
 
 
+def test_a_frame_is_stamped_when_its_first_bytes_are_there(ends):
+    link, there = ends
+    reading = iter(range(100, 200))
+    link.clock = lambda: next(reading)
+    there.sendall(frame(wire.PING, b"first"))
+    link.receive()
+    assert link.arrived_ns == 100
+    # A frame in pieces: the stamp is that of the first piece, whenever the last one comes.
+    whole = frame(wire.PING, b"second")
+    there.sendall(whole[:3])
+    for _ in range(2):
+        with pytest.raises(TimeoutError):
+            link.receive()
+    assert link.arrived_ns == 101
+    there.sendall(whole[3:] + frame(wire.PING, b"third"))
+    assert link.receive() == (wire.PING, b"second")
+    assert link.arrived_ns == 101
+    link.receive()
+    assert link.arrived_ns == 102
+
+
 # Seats
 
 
