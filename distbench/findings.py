@@ -218,8 +218,23 @@ def _device(record: RankRecord) -> list[Finding]:
                 "end it, or wait for it, and run again",
             )
         )
-    idle = {"gpu_idle", "none", "applications_clocks_setting"}
     after = (record.after or {}).get("gpu_after") or {}
+    for when, state in (("before", record.before.get("gpu_before")), ("after", after)):
+        if state and state.get("compute_processes") is None:
+            reasons = state.get("reasons", {})
+            why = state.get("reason") or reasons.get("compute_processes", "NVML does not tell")
+            found.append(
+                Finding(
+                    "doubtful",
+                    "foreign-unknown",
+                    f"{who}: who else used the GPU {when} the window is not known: {why}",
+                    record.rank,
+                    record.host,
+                    remedy="make NVML usable there (driver, nvidia-ml-py), or see to it by hand "
+                    "that nothing else runs on the GPU",
+                )
+            )
+    idle = {"gpu_idle", "none", "applications_clocks_setting"}
     reasons = [r for r in after.get("throttle_reasons") or [] if r not in idle]
     if reasons:
         found.append(

@@ -37,6 +37,7 @@ GPU = {
     "temperature_c": 41,
     "throttle_reasons": ["gpu_idle"],
     "memory_total_bytes": 24_000_000_000,
+    "compute_processes": [],
 }
 
 

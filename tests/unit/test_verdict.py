@@ -261,6 +261,22 @@ def test_foreign_process(tmp_path: Path) -> None:
     assert "wait for it" in finding.remedy
 
 
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_unknown_processes_on_the_gpu_are_doubtful(tmp_path: Path, when: str) -> None:
+    def change(rank: Rank) -> None:
+        known, hidden = {**GPU, "compute_processes": []}, {**GPU, "compute_processes": None}
+        hidden["reasons"] = {"compute_processes": "NVML refuses it: no permission"}
+        rank.before["gpu_before"] = hidden if when == "before" else known
+        assert rank.after is not None
+        rank.after["gpu_after"] = hidden if when == "after" else known
+
+    status_, finding = only(tmp_path, on(1, change))
+    assert status_ == "VALID"
+    assert about(finding) == ("doubtful", "foreign-unknown", 1, "node-1")
+    assert f"{when} the window is not known: NVML refuses it: no permission" in finding.message
+    assert "nothing else runs on the GPU" in finding.remedy
+
+
 def test_a_foreign_process_at_either_end_is_enough(tmp_path: Path) -> None:
     early = on(0, lambda rank: rank.before.update(foreign_before=[5]))
     assert only(tmp_path / "a", early)[1].code == "foreign-process"
@@ -496,6 +512,7 @@ def test_every_code_is_known_here() -> None:
         "device-note",
         "disk-error",
         "foreign-process",
+        "foreign-unknown",
         "harness-cost",
         "interference",
         "launch-bound",
