@@ -299,7 +299,8 @@ def test_throttled(tmp_path: Path) -> None:
     assert finding.message.endswith("at the end: sw_power_cap, hw_slowdown")
     assert "cooling" in finding.remedy
     unknown = on(1, lambda rank: (rank.after or {}).update(gpu_after={"available": False}))
-    assert found(tmp_path / "unknown", unknown) == ("VALID", [])
+    state, findings = found(tmp_path / "unknown", unknown)
+    assert (state, [f.code for f in findings]) == ("VALID", ["foreign-unknown"])
 
 
 # Effects on the headline: none up to 1 %, doubtful up to 5 %, then invalid
