@@ -56,9 +56,9 @@ def test_offline_on_the_gpu_gives_accuracy_and_is_verified(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "result.json").read_bytes())
-    # The trained network gets 355 right on a CPU; TF32 may turn a sample on the edge.
+    # The trained network gets all 360 right on a CPU; TF32 may turn a sample on the edge.
     assert result["metrics"]["accuracy"]["n"] == 360
-    assert abs(result["metrics"]["accuracy"]["value"] - 355 / 360) <= 2 / 360
+    assert result["metrics"]["accuracy"]["value"] >= 357 / 360
     assert result["metrics"]["device.p50"]["value"] > 0
     (row,) = result["per_rank"]
     assert 0 < row["metrics"]["device_busy"] <= 1
