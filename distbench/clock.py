@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -153,6 +154,28 @@ def measure_exchange(trips: Sequence[tuple[int, int, int, int]]) -> Exchange:
 
 def _widening(distance_ns: int) -> int:
     return int(abs(distance_ns) * RATE_LIMIT_PPM // 1_000_000) + (distance_ns != 0)
+
+
+def contradiction_ns(exchanges: Sequence[Exchange]) -> int:
+    """Return by how much exchanges contradict the assumptions behind the bounds, ns; 0 if not.
+
+    Two neighbours that differ by more than both bounds and ``RATE_LIMIT_PPM`` of the time between
+    them show a clock that was stepped. An exchange whose interval does not meet the model's at its
+    own instant shows a rate that moved by more than ``WANDER_PPM``.
+
+    Args:
+        exchanges: all that were made with one peer, any order.
+    """
+    ordered = sorted(exchanges, key=_at)
+    worst = 0
+    for one, other in itertools.pairwise(ordered):
+        apart = abs(other.offset_ns - one.offset_ns) - one.bound_ns - other.bound_ns
+        worst = max(worst, apart - _widening(other.at_ns - one.at_ns))
+    model = ClockModel.fit(ordered)
+    for each in ordered:
+        apart = abs(each.offset_ns - model.offset_ns(each.at_ns))
+        worst = max(worst, apart - each.bound_ns - model.bound_ns(each.at_ns))
+    return worst
 
 
 def _at(exchange: Exchange) -> int:

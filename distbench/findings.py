@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from distbench import metrics as m
+from distbench.clock import WANDER_PPM, contradiction_ns
 from distbench.metrics import Makespan, RankTimes, harness
 from distbench.run import RankRecord, Run
 
@@ -68,6 +69,7 @@ def findings(run: Run, times: list[RankTimes], span: Makespan) -> list[Finding]:
         found += _outputs(record, t)
         found += _device(record)
         found += _interference(record, t)
+        found += _clock(run, record)
     found += _timing(run, times, span)
     if span.reason and status(found) == "VALID":
         found.append(
@@ -249,6 +251,30 @@ def _device(record: RankRecord) -> list[Finding]:
             )
         )
     return found
+
+
+def _clock(run: Run, record: RankRecord) -> list[Finding]:
+    """Return the finding that a clock did what the bounds assume it does not."""
+    if record.before["clock"]["leader"] != record.rank or record.rank == 0:
+        return []
+    excess_ns = contradiction_ns(run.exchanges(record))
+    if excess_ns <= 0:
+        return []
+    return [
+        Finding(
+            "invalid",
+            "clock-contradiction",
+            f"rank {record.rank} ({record.host}): exchanges with its clock contradict each other "
+            f"by {excess_ns / 1e3:.1f} us beyond their bounds, so a clock was stepped or its rate "
+            f"moved by more than {WANDER_PPM:g} ppm, and no bound of this run holds",
+            record.rank,
+            record.host,
+            excess_ns / 1e9,
+            0,
+            "run again; if it comes back, see whether a virtual machine is paused or moved, or "
+            "something sets the clock",
+        )
+    ]
 
 
 def _interference(record: RankRecord, t: RankTimes) -> list[Finding]:

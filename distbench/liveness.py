@@ -1,9 +1,8 @@
 """The side thread of a rank: heartbeats, clock pings, meetings, signals; awake once a second.
 
-It owns the rank's links from ``join`` to teardown. On rank 0 it pings the other clock domains and
-watches every rank; elsewhere it watches rank 0. A rank is lost at the end of its link, after 5 s of
-silence, or when its count of ended rows stands still with work in flight. Then this thread calls
-``on_end``, which saves what there is, and the process ends: the loop may never return.
+On rank 0 it pings the other clock domains and watches every rank; elsewhere it watches rank 0. A
+rank is lost at the end of its link, after 5 s of silence, or when its count stands still with work
+in flight. Then ``on_end`` saves what there is, and the process ends: the loop may never return.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ from distbench.wire import Link, LinkClosed, Seat
 
 TICK_S = 1.0
 SILENCE_S = 5.0
-EXCHANGE_TRIPS = 100
-WINDOW_TRIPS = 3  # a second and domain: each trip takes the loop's interpreter lock
+EXCHANGE_TRIPS, WINDOW_TRIPS = 100, 3  # in the window each trip takes the loop's interpreter lock
 END_S = 8.0  # how long saving may take once the end is known
 _HEART = struct.Struct("<q?")
 
@@ -84,7 +82,7 @@ class SideThread:
         self._news = threading.Condition(self._lock)
         self._requests = 0
         self._stop = False
-        self._ended = False
+        self.ending = threading.Event()
         self._last_tick = time.monotonic()
         self._wake_read, self._wake_write = socket.socketpair()
         for end in (self._wake_read, self._wake_write):
@@ -209,7 +207,8 @@ class SideThread:
             self._keep_watch()
         except Exception as error:  # without this thread its rank would wait forever
             if not self._stop:
-                traceback.print_exc()
+                with contextlib.suppress(Exception):  # stderr may be what broke
+                    traceback.print_exc()
                 self._spread(wire.FAILED, self._failure(error), spare=self.rank)
 
     def _keep_watch(self) -> None:
@@ -332,7 +331,8 @@ class SideThread:
             for rank in self.leaders():
                 self._exchange(self.links[rank], WINDOW_TRIPS)
         self._watch()
-        self.on_tick()
+        with contextlib.suppress(OSError, ValueError):  # closed stderr
+            self.on_tick()
 
     def _count(self, rank: int, count: int, flying: bool) -> None:
         before = self._counts.get(rank)
@@ -387,9 +387,9 @@ class SideThread:
         self._end(end)
 
     def _end(self, end: End) -> None:
-        if self._ended:
+        if self.ending.is_set():
             return
-        self._ended = True
+        self.ending.set()
         # Whatever the disk does, the process is gone within the limit.
         watchdog = threading.Timer(END_S, os._exit, (end.exit_code,))
         watchdog.daemon = True

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,14 @@ from distbench.cli import (
     whole,
 )
 from distbench.clock import Now
-from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError, where
+from distbench.errors import (
+    EXIT_INCOMPLETE,
+    EXIT_OK,
+    EXIT_STRICT,
+    DistbenchError,
+    UsageError,
+    where,
+)
 from distbench.liveness import End
 from distbench.models import check_model, load_model
 from distbench.prepare import (
@@ -47,7 +55,7 @@ from distbench.prepare import (
     share_out,
     warm_up,
 )
-from distbench.samples import FAILED, PENDING, SampleLog
+from distbench.samples import FAILED, SampleLog, check_groups, fail_rest
 from distbench.sut import FOREVER, Done, First, FromCallable, Indices, SystemUnderTest
 
 if TYPE_CHECKING:
@@ -113,7 +121,7 @@ def collect(
         if error or len(outputs) != count:
             cells["completed"][row] = FAILED
             if len(errors) < KEPT_ERRORS:
-                errors.append(error or f"{len(outputs)} outputs for {count} samples")
+                errors.append(f"{error}" or f"{len(outputs)} outputs for {count} samples")
         elif row in kept:
             kept[row] = outputs
         groups += 1
@@ -211,13 +219,18 @@ def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
     recorder.watch(stall_ns / 1e9)
     try:
         kept = window(sut, world, recorder, order, settings)
-        score, accurate = finish.accuracy_pass(sut, world, settings.batch_size)
+        raised = bool(recorder.after.get("raised"))
+        score, accurate = finish.accuracy_pass(sut, world, settings.batch_size, raised)
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
         recorder.after["score"] = score
         recorder.after |= describe_after(world)
         return finish.finish(world, recorder, before)
     except BaseException as error:
+        broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
+        # A collective that broke: the side thread knows in a moment who was lost, and ends.
+        if broken and world.side.ending.wait(2.0):
+            threading.Event().wait()
         own = where(world.rank, world.host)
         recorder.save_end(End("terminated", world.rank, world.host, f"{own}: {error!r}", 6))
         raise
@@ -259,9 +272,11 @@ def window(
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on
             errors.insert(0, f"{type(error).__name__}: {error}")
             fail_rest(log, batch)
+            recorder.after["raised"] = True
         ended = world.now()
         switches_after, delay_after_ns = schedstat()
         recorder.flying = False
+    check_groups(log, batch, errors)
     recorder.after |= {
         "started_ns": started,
         "ended_ns": ended,
@@ -275,14 +290,6 @@ def window(
     world.side.meet("window:end")
     start.synchronize(world, "after")
     return kept
-
-
-def fail_rest(log: SampleLog, batch_size: int) -> None:
-    """Mark the groups in flight as failed after an exception out of the SUT."""
-    flying = np.flatnonzero((log.issued > 0) & (log.completed == PENDING))
-    for row in flying.tolist():
-        log.count[row] = min(batch_size, log.capacity - row)
-        log.completed[row] = FAILED
 
 
 def _warm(sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:

@@ -218,15 +218,18 @@ class Recorder:
             self.log.flush(0, self.log.progress(self.stride))
             self.log.freeze()
             self.save_after()
-            others = [r for r in range(self.world.world_size) if r != end.rank]
+            # A rank that was terminated or failed still lives to save; one that was lost does not.
+            gone = end.rank if end.code == "lost" else -1
+            others = [r for r in range(self.world.world_size) if r != gone]
             if self.world.rank == min(others, default=0):
                 self._await_others(end)
                 sys.stdout.write(write_report(self.folder.path))
-        except OSError as error:
-            sys.stderr.write(
-                f"distbench: {where(self.world.rank, self.world.host)} could not write to "
-                f"{self.folder.own}: {error.strerror or error}; its samples are in samples.npy\n"
-            )
+        except Exception as error:  # whatever it is, the process ends and says so
+            with contextlib.suppress(OSError, ValueError):
+                sys.stderr.write(
+                    f"distbench: {where(self.world.rank, self.world.host)} could not write to "
+                    f"{self.folder.own}: {error}; its samples are in samples.npy\n"
+                )
         self._tell(end)
 
     def _await_others(self, end: End) -> None:
@@ -234,7 +237,9 @@ class Recorder:
         others = [
             path
             for path in self.folder.own.parent.iterdir()
-            if int(path.name) not in (end.rank, self.world.rank)
+            if path.name.isdigit()
+            and int(path.name) != self.world.rank
+            and (end.code != "lost" or int(path.name) != end.rank)
         ]
         while time.monotonic() < deadline:
             if all((path / "done.json").exists() for path in others):

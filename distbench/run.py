@@ -111,15 +111,18 @@ class Run:
         All exchanges come from rank 0's after.json; without that file, from the rank's own
         rank.json, which has those made before the window.
         """
-        own = record.before["clock"]
-        if own["leader"] == 0:
+        if record.before["clock"]["leader"] == 0:
             return ClockModel()
+        made = self.exchanges(record)
+        return ClockModel.fit(made) if made else None
+
+    def exchanges(self, record: RankRecord) -> list[Exchange]:
+        """Return every exchange made with the clock that a rank reads; see ``clock``."""
+        own = record.before["clock"]
         zero = self.records[0]
         after = zero.after if zero is not None else None
         kept = (after or {}).get("exchanges", {}).get(str(own["leader"]), own["exchanges"])
-        if not kept:
-            return None
-        return ClockModel.fit([Exchange(*numbers) for numbers in kept])
+        return [Exchange(*numbers) for numbers in kept]
 
     def result(self) -> dict[str, Any]:
         """Judge the run: the content of result.json."""

@@ -230,6 +230,36 @@ class SampleLog:
             raise OSError(code, os.strerror(code))
 
 
+def check_groups(log: SampleLog, batch_size: int, errors: list[str]) -> None:
+    """Fail the groups that the SUT gave another count than issued, and drop what it made up.
+
+    A count is what spreads a stamp over rows; one that is too large would complete samples that
+    nobody computed.
+    """
+    firsts = np.arange(0, log.capacity, batch_size)
+    issued = np.minimum(batch_size, log.capacity - firsts)
+    wrong = (log.completed[firsts] >= 0) & (log.count[firsts] != issued)
+    inner = np.ones(log.capacity, bool)
+    inner[firsts] = False
+    invented = inner & ((log.count != 0) | (log.completed != PENDING))
+    if wrong.any() or invented.any():
+        errors.append(
+            f"the model ended {int(wrong.sum())} groups with another count than issued and "
+            f"{int(invented.sum())} rows that begin no group"
+        )
+    log.completed[firsts[wrong]] = FAILED
+    log.count[firsts[wrong]] = issued[wrong]
+    log.count[invented], log.completed[invented] = 0, PENDING
+
+
+def fail_rest(log: SampleLog, batch_size: int) -> None:
+    """Mark the groups in flight as failed after an exception out of the SUT."""
+    flying = np.flatnonzero((log.issued > 0) & (log.completed == PENDING))
+    for row in flying.tolist():
+        log.count[row] = min(batch_size, log.capacity - row)
+        log.completed[row] = FAILED
+
+
 def spread_column(rows: Array, columns: Sequence[str], name: str) -> Array:
     """Return one column for every sample, a group's stamp copied from its first row to the rest.
 

@@ -151,12 +151,14 @@ def _name_instant(
         brought = [json.loads(p) for p in payloads]
         late = any(lateness > LATE_NS for lateness, _ in brought)
         margin = MARGIN_NS + max(extra for _, extra in brought)
-        at = world.now() + margin
+        by_leader = {leader: side.model(leader) for leader in (0, *side.leaders())}
+        models = [by_leader[side.leader_of(rank)] for rank in range(world.world_size)]
+        at = world.now() + margin  # named last: fitting many clocks takes a while
         held = bool(rehearsals)
         return json.dumps(
             {
                 "at": at,
-                "local": [side.model(r).to_peer_ns(at) for r in range(world.world_size)],
+                "local": [model.to_peer_ns(at) for model in models],
                 "final": held and (final or not late),
                 "margin": margin,
             }

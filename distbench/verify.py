@@ -137,6 +137,12 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     if not (folder / "ranks").is_dir():
         raise UsageError(f"{folder} is no result directory: it has no folder ranks/")
     wrong, missing = check_hashes(folder)
+    needed = [folder / "result.json", folder / "report.txt"]
+    needed += [path.with_name("done.json") for path in sorted(folder.glob("ranks/*/after.json"))]
+    for path in needed:  # whatever the manifest lists
+        line = f"{path.relative_to(folder)}: missing"
+        if not path.exists() and line not in missing:
+            missing.append(line)
     # Without a file that was there when the figures were made, they cannot come out the same.
     whole = not any(line.startswith("ranks/") for line in missing)
     incomplete = False

@@ -15,7 +15,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, cast
@@ -108,7 +108,7 @@ class World:
             sentence, code = json.loads(told)
             error = UsageError(sentence)
             error.exit_code, error.agreed = code, True
-            raise error
+            raise error from (problem.__cause__ if problem else None)
 
     def agree(self, place: str, values: dict[str, Any], remedy: str) -> None:
         """Refuse to go on unless all ranks hold equal values.
@@ -141,6 +141,7 @@ class World:
         data = np.frombuffer(json.dumps(value, allow_nan=False).encode(), np.uint8)
         if self.control is None:
             return [json.loads(data.tobytes())]
+        self.side.meet("gather_json")  # a rank may come late; a collective waits 30 s and no more
         parts = _gather(torch.from_numpy(data.copy()), self.control, torch.device("cpu"))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
@@ -273,9 +274,10 @@ def _take_device(
 
 def tell_end(end: End) -> None:
     """Say on stderr, and in torchrun's summary, why this process ends early."""
-    sys.stdout.flush()
-    sys.stderr.write(f"distbench: {end.sentence}\n")
-    sys.stderr.flush()
+    with suppress(OSError, ValueError):  # a closed pipe must not keep the process from its end
+        sys.stdout.flush()
+        sys.stderr.write(f"distbench: {end.sentence}\n")
+        sys.stderr.flush()
     record_error(DistbenchError(end.sentence))
 
 

@@ -24,7 +24,8 @@ def to_text(result: dict[str, Any]) -> str:
     lines += [*_throughput(result), "", *_latencies(result), "", *_accuracy(result), ""]
     lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]
     lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
-    return "\n".join(lines) + "\n"
+    # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
 
 
 def _verdict(result: dict[str, Any]) -> str:

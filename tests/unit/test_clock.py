@@ -18,6 +18,7 @@ from distbench.clock import (
     Exchange,
     SkewedClock,
     clock_domain,
+    contradiction_ns,
     measure_exchange,
     now_ns,
 )
@@ -432,3 +433,24 @@ def test_a_domain_where_the_kernel_tells_nothing(monkeypatch):
     monkeypatch.setattr(Path, "read_text", refuse)
     monkeypatch.setattr(Path, "stat", refuse)
     assert clock_domain() == f"host-{socket.gethostname()}/none"
+
+
+def exchanges_of(offset_at, bound_ns, seconds):
+    return [Exchange(s * S, offset_at(s), bound_ns, 2 * bound_ns, 3) for s in seconds]
+
+
+def test_a_steady_drift_contradicts_nothing():
+    assert contradiction_ns(exchanges_of(lambda s: s * 50_000, 1_000, range(10))) == 0
+    assert contradiction_ns([]) == 0
+
+
+def test_a_step_between_two_exchanges_is_seen_and_sized():
+    found = exchanges_of(lambda s: 50 * 10**6 * (s >= 5), 10_000, range(10))
+    # 50 ms less both bounds and 100 ppm of the second between them.
+    assert contradiction_ns(found) == 50 * 10**6 - 2 * 10_000 - 100_001
+
+
+def test_an_exchange_that_the_others_disagree_with_is_not_dropped_in_silence():
+    quiet = exchanges_of(lambda s: 0, 1_000, (0, 10))
+    odd = Exchange(5 * S, 200_000, 40_000, 80_000, 3)
+    assert contradiction_ns([*quiet, odd]) > 100_000

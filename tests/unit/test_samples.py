@@ -23,6 +23,7 @@ from distbench.samples import (
     PENDING,
     SPREAD,
     SampleLog,
+    check_groups,
     npy_bytes,
     read_rows,
     spread_column,
@@ -557,3 +558,26 @@ def test_headers_that_numpy_answers_with_odd_errors(tmp_path, header):
     path.write_bytes(GOOD[:8] + len(padded).to_bytes(2, "little") + padded + bytes(128))
     with pytest.raises(UsageError, match=r"samples\.npy"):
         read_rows(path, ("index", "completed"))
+
+
+@pytest.mark.parametrize(("count", "wrong_rows"), [(4, 0), (8, 1), (3, 1)])
+def test_a_count_that_was_not_issued_fails_its_group(count, wrong_rows):
+    log = SampleLog.in_memory(10, ("issued", "completed", "count"))
+    for row in (0, 4, 8):
+        log.issued[row], log.completed[row], log.count[row] = 1, 2, min(4, 10 - row)
+    log.count[4] = count
+    errors = []
+    check_groups(log, 4, errors)
+    assert (log.completed[[0, 4, 8]] == FAILED).sum() == wrong_rows
+    assert log.count.tolist() == [4, 0, 0, 0, 4, 0, 0, 0, 2, 0]
+    assert len(errors) == wrong_rows
+
+
+def test_a_row_that_begins_no_group_is_dropped():
+    log = SampleLog.in_memory(8, ("issued", "completed", "count"))
+    log.completed[3], log.count[3] = 5, 2
+    errors = []
+    check_groups(log, 4, errors)
+    assert log.completed.tolist() == [PENDING] * 8
+    assert log.count.tolist() == [0] * 8
+    assert "1 rows that begin no group" in errors[0]

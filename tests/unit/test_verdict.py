@@ -510,6 +510,7 @@ def codes_in(path: Path) -> set[str]:
 def test_every_code_is_known_here() -> None:
     assert codes_in(ROOT / "findings.py") == {
         "clock-bound",
+        "clock-contradiction",
         "device-note",
         "disk-error",
         "foreign-process",

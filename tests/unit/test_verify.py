@@ -440,3 +440,17 @@ def test_help_and_no_arguments(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert main([]) == 2
     assert capsys.readouterr().out.count("python -m distbench.verify results/") == 2
+
+
+@pytest.mark.parametrize("name", ["result.json", "report.txt", "ranks/00001/done.json"])
+def test_a_file_that_is_gone_from_folder_and_manifest_is_missing(tmp_path: Path, name: str) -> None:
+    folder = make_run(tmp_path / "r")
+    (folder / name).unlink()
+    manifest = folder / "manifest.sha256"
+    lines = [
+        line for line in manifest.read_text().splitlines(True) if not line.endswith(f"  {name}\n")
+    ]
+    manifest.write_text("".join(lines))
+    status, said = verify(folder)
+    assert status in (1, 6)
+    assert f"{name}: missing" in said
