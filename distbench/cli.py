@@ -160,7 +160,7 @@ def parse(module: str, purpose: str, options: Sequence[Option], argv: Sequence[s
         if option.read is None:
             parser.add_argument(f"--{option.name}", action="store_true", help=option.help)
         else:
-            shown = "" if option.default is None else f" (default: {option.default})"
+            shown = f" (default: {option.default})" if option.default else ""
             parser.add_argument(
                 f"--{option.name}", metavar=option.metavar, help=option.help + shown
             )

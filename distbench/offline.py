@@ -210,7 +210,7 @@ def measure(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
     folder = record.open_folder(world, settings.output_dir, "offline", settings.name)
     columns = [c for c in ALL_COLUMNS if c not in OPTIONAL or c in warm.columns]
     log = record.make_log(world, folder, counts[world.rank], columns)
-    order = sample_order(sut.total, sum(counts[: world.rank]), counts[world.rank], settings.seed)
+    order = sample_order(sut.resident, sum(counts[: world.rank]), counts[world.rank], settings.seed)
     log.index[:] = order
     before = describe_rank(world, sut, settings, folder, warm, cost, columns, rates, cut)
     recorder = record.Recorder(world, folder, log, settings.batch_size)
@@ -299,10 +299,10 @@ def _warm(sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
         share = share_out(settings.num_samples, world.rank, None, world.world_size)
         rest = share % settings.batch_size
         shapes = [min(settings.batch_size, max(share, 1)), *([rest] if rest else [])]
-    order = np.arange(sut.total, dtype=np.int64)
+    order = np.arange(sut.resident, dtype=np.int64)
     problem, warm = None, Warmup(0.0, 0, 0, ())
     try:
-        sut.load(order[: sut.resident])
+        sut.load(order)
         warm = warm_up(offline_loop, sut, shapes, settings.warmup_ns, order, world.now)
     except UsageError as error:
         problem = error

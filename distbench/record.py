@@ -263,8 +263,8 @@ def write_report(path: Path) -> str:
     from distbench.report.text import to_text  # noqa: PLC0415
 
     result = load_run(path).result()
-    text = to_text(result)
     files.write_json(path / "result.json", result)
+    text = to_text(result)
     files.write_bytes(path / "report.txt", text.encode())
     write_manifest(path)
     return text

@@ -62,15 +62,15 @@ class First(NamedTuple):
 
 @runtime_checkable
 class SystemUnderTest(Protocol):
-    """What a scenario needs of a system under test; see DESIGN in CONTRIBUTING.md.
+    """What a scenario needs of a system under test; see CONTRIBUTING.md.
 
     Optional attributes: ``held_out`` (sample indices, int64) and ``score(indices, outputs) ->
     (numerator, denominator)`` for accuracy, ``digest`` (what the weights are, compared between
-    ranks), ``weights`` (what to say about them in a report).
+    ranks).
 
     Attributes:
         total: sample indices are 0 .. total-1.
-        resident: how many fit in memory at once.
+        resident: how many fit in memory at once; a window draws from 0 .. resident-1.
         depth: groups it accepts before one is Done.
     """
 

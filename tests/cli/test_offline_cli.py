@@ -256,3 +256,36 @@ def test_ctrl_c_leaves_an_incomplete_report_and_130(tmp_path: Path) -> None:
         out, _ = job.communicate(timeout=30)
     assert job.returncode == 130
     assert "MEASUREMENT INCOMPLETE" in out
+
+
+def test_sigterm_to_every_rank_at_once_leaves_one_report(tmp_path: Path) -> None:
+    with _job(2, tmp_path, *SLOW) as job:
+        for pid in _await_rows(tmp_path, 2, 100):
+            os.kill(pid, signal.SIGTERM)
+        out, _ = job.communicate(timeout=40)
+    assert "MEASUREMENT INCOMPLETE" in out
+    assert json.loads((_only(tmp_path) / "result.json").read_bytes())["verdict"]["status"] == (
+        "INCOMPLETE"
+    )
+    assert run_module("distbench.verify", str(_only(tmp_path))).returncode == 6
+
+
+def test_a_closed_stderr_does_not_keep_a_run_from_its_end(tmp_path: Path) -> None:
+    """Progress goes to stderr every 10 s; whoever read it is gone by then."""
+    argv = [sys.executable, "-m", OFFLINE, "--model", "sleep,per_sample=1ms", "--duration", "11s"]
+    with subprocess.Popen(
+        [*argv, "--output-dir", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    ) as job:
+        assert job.stderr is not None and job.stdout is not None
+        job.stderr.close()
+        try:
+            out = job.stdout.read()
+            job.wait(timeout=60)
+        finally:
+            job.kill()
+    assert job.returncode == 0
+    assert out.startswith("MEASUREMENT")
