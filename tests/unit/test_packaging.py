@@ -21,14 +21,8 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 # What would name the machine that a file was written on.
 MACHINE_PATHS = re.compile(
-    rb"""
-    (?<![\w./-]) (?:
-        /work/(?:main|shared|[.]library)\b
-      | /tmp/[v]/
-      | /opt/(?:wheels|pypi)\b
-      | /(?:root|home/\w+)/(?:[.]pyenv|[.]cache|[.]local)\b
-    )
-    """,
+    re.escape(str(Path(__file__).resolve().parents[2])).encode()
+    + rb"""/ | (?<![\w./-]) / (?: root | home/\w+ ) /[.] (?: pyenv | cache | local ) \b""",
     re.VERBOSE,
 )
 LOCAL_PIN = re.compile(rb"==\s*[\w.]+[+]cpu\b")
