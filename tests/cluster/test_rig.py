@@ -242,8 +242,9 @@ def test_time_namespace_dies_with_its_parent():
     start = "import subprocess, sys; subprocess.run(sys.argv[1:])"
     with subprocess.Popen([*PYTHON, start, *argv], stdout=subprocess.PIPE, text=True) as parent:
         child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
         parent.kill()
-        wait_for_end(child)
+        wait_for_end(child)  # raises when it lives on
 
 
 def test_hosts_have_clocks_of_their_own():

@@ -86,4 +86,5 @@ def test_reading_the_data_does_not_import_torch():
         "import sys; from distbench.models.digits_data import read_data; read_data(); "
         "sys.exit('torch' in sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0

@@ -336,8 +336,9 @@ def test_settings_out_of_range_are_sentences(values, sentence):
 
 
 def test_settings_at_their_limits_are_taken():
-    Settings(batch_size=1, duration_ns=1, warmup_ns=0, num_samples=1, shares="rate")
-    Settings(num_samples=SAMPLE_LIMIT)
+    low = Settings(batch_size=1, duration_ns=1, warmup_ns=0, num_samples=1, shares="rate")
+    assert (low.batch_size, low.duration_ns, low.warmup_ns, low.num_samples) == (1, 1, 0, 1)
+    assert Settings(num_samples=SAMPLE_LIMIT).num_samples == SAMPLE_LIMIT
 
 
 def test_settings_stand_for_the_documented_defaults():
