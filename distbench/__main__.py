@@ -13,6 +13,11 @@ COMMANDS = {
 
 def main() -> int:
     """Print the commands; returns the exit status."""
+    if sys.argv[1:] and sys.argv[1] not in ("-h", "--help"):
+        asked = sys.argv[1]
+        hint = f": `python -m distbench.{asked}`" if asked in COMMANDS else ""
+        sys.stderr.write(f"distbench: each command is a module of its own{hint}\n")
+        return 2
     width = max(len(name) for name in COMMANDS)
     lines = [
         f"  python -m distbench.{name.ljust(width)}  {what}" for name, what in COMMANDS.items()

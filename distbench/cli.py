@@ -13,7 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from distbench.errors import EXIT_CRASH, EXIT_INTERRUPTED, EXIT_OK, DistbenchError, UsageError
+from distbench.errors import (
+    EXIT_CRASH,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    DistbenchError,
+    ModelError,
+    UsageError,
+)
 
 UNITS_NS = {"ns": 1, "us": 10**3, "ms": 10**6, "s": 10**9, "m": 60 * 10**9, "h": 3600 * 10**9}
 
@@ -217,7 +224,7 @@ def run_command(
         status = main(sys.argv[1:])
         sys.stdout.flush()
     except DistbenchError as error:
-        if error.__cause__ is not None and not isinstance(error.__cause__, OSError | ValueError):
+        if isinstance(error, ModelError) and error.__cause__ is not None:
             traceback.print_exception(error.__cause__)
         sys.stderr.write(f"distbench: {error}\n")
         record_error(error)

@@ -2,6 +2,7 @@
 
     DistbenchError            exit 1   something broke; the sentence says where
     |- UsageError             exit 2   options, files or hosts that cannot be used as asked
+    |   `- ModelError        exit 2   the user's model raised; its traceback is shown as well
     |- IncompleteError        exit 6   a rank, a disk or an interrupt ended the run early
     |- ClockError             exit 1   two clocks gave answers that contradict each other
 
@@ -35,6 +36,10 @@ class UsageError(DistbenchError):
     """The command, a file or a host cannot be used as asked."""
 
     exit_code = EXIT_USAGE
+
+
+class ModelError(UsageError):
+    """The user's model, or what builds it, raised; ``__cause__`` is what."""
 
 
 class IncompleteError(DistbenchError):

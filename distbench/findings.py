@@ -171,7 +171,7 @@ def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
                 f"{who} gave NaN or infinite outputs in {kept['non_finite']} of "
                 f"{kept['groups']} kept groups",
                 kept["non_finite"],
-                "check weights and precision (--dtype)",
+                "check the weights, and the precision they are computed in",
             )
         )
     if kept and kept["compared"]:
@@ -345,8 +345,8 @@ def _timing(run: Run, times: list[RankTimes], span: Makespan) -> list[Finding]:
             Finding(
                 level,
                 "harness-cost",
-                f"the loop itself took {effect:.1%} of the window ({batches} batches on the "
-                "busiest rank)",
+                f"the loop over a SUT that does nothing takes {effect:.1%} of this window's time "
+                f"({batches} batches on the busiest rank)",
                 value=effect,
                 limit=EFFECT_INVALID,
                 remedy="use a larger --batch-size, or a model that does some work",

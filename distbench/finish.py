@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +23,20 @@ TOLERANCE = 1e-3
 
 
 def accuracy_pass(
-    sut: SystemUnderTest, world: World, batch_size: int, raised: bool = False
+    sut: SystemUnderTest,
+    world: World,
+    batch_size: int,
+    raised: bool = False,
+    tell: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], dict[int, Any]]:
     """Score this rank's share of the model's held-out samples, untimed.
+
+    Args:
+        sut: nothing in flight.
+        world: all ranks.
+        batch_size: samples a group.
+        raised: whether the model raised in the window.
+        tell: called whenever groups have ended.
 
     Returns:
         The score with its fraction or the reason for none, and the outputs by sample index.
@@ -46,7 +57,7 @@ def accuracy_pass(
     if len(mine) == 0:
         return {"right": 0, "of": 0, "reason": ""}, {}
     try:
-        outputs = run_indices(sut, mine, batch_size)
+        outputs = run_indices(sut, mine, batch_size, tell)
         right, scored = (float(number) for number in score(mine, outputs))
         if not (math.isfinite(right) and math.isfinite(scored)):
             raise ValueError(f"score returned {right} of {scored}")

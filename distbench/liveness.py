@@ -1,8 +1,9 @@
 """The side thread of a rank: heartbeats, clock pings, meetings, signals; awake once a second.
 
 On rank 0 it pings the other clock domains and watches every rank; elsewhere it watches rank 0. A
-rank is lost at the end of its link, after 5 s of silence, or when its count stands still with work
-in flight. Then ``on_end`` saves what there is, and the process ends: the loop may never return.
+rank is lost at the end of its link, after 5 s of silence, or when its count stands still for longer
+than the limit it tells with its heartbeats. Then ``on_end`` saves what there is, and the process
+ends: the loop may never return.
 """
 
 from __future__ import annotations
@@ -14,41 +15,24 @@ import selectors
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from distbench import pings, wire
 from distbench.clock import ClockModel, Exchange, Now, measure_exchange, now_ns
 from distbench.errors import ClockError, DistbenchError, IncompleteError
-from distbench.wire import Link, LinkClosed, Seat
+from distbench.wire import End, Link, LinkClosed, Seat
 
 TICK_S = 1.0
 SILENCE_S = 5.0
 EXCHANGE_TRIPS, WINDOW_TRIPS = 100, 3  # in the window each trip takes the loop's interpreter lock
-END_S = 8.0  # how long saving may take once the end is known
-_HEART = struct.Struct("<q?")
-
-
-@dataclass(frozen=True)
-class End:
-    """Why a run ends early.
-
-    Attributes:
-        code: "lost", "failed" or "terminated".
-        rank: whose doing it is.
-        host: its host.
-        sentence: what happened and what to do.
-        exit_code: what this process ends with.
-    """
-
-    code: str
-    rank: int
-    host: str
-    sentence: str
-    exit_code: int
+END_S = 20.0  # how long saving may take once the end is known; torchrun kills after 30 s
+_HEART = struct.Struct("<qd")
+IDLE = (0, float("inf"))
 
 
 Answer = Callable[[list[bytes]], bytes]
@@ -60,20 +44,19 @@ class SideThread:
     Attributes:
         seats: of all ranks, by rank.
         exchanges: on rank 0, what was measured with each domain's leader.
-        progress: returns (ended rows, work in flight); replaced for each window.
+        progress: returns what has ended and for how many seconds that count may stand still
+            (infinity while nothing is in flight); replaced for each window.
         on_end: saves what there is; called once, from this thread, before the process ends.
         on_tick: called once a second while the run is well, for progress and flushes.
-        stall_s: how long a count may stand still with work in flight.
     """
 
     def __init__(self, seats: list[Seat], rank: int, links: dict[int, Link], now: Now = now_ns):
         self.seats, self.rank, self.links, self.now = seats, rank, links, now
         self.exchanges: dict[int, list[Exchange]] = {}
-        self.progress: Callable[[], tuple[int, bool]] = lambda: (0, False)
+        self.progress: Callable[[], tuple[int, float]] = lambda: IDLE
         self.on_end: Callable[[End], None] = lambda _end: None
         self.on_tick: Callable[[], None] = lambda: None
-        self.stall_s = float("inf")
-        self._counts: dict[int, tuple[int, bool, float]] = {}
+        self._counts: dict[int, tuple[int, float, float]] = {}
         self._leaving: set[int] = set()
         self._lock = threading.RLock()
         self._arrived: dict[str, dict[int, bytes]] = {}
@@ -256,8 +239,7 @@ class SideThread:
         if kind == wire.PING:
             pings.answer_pings(link, payload, self.now, self._handle)
         elif kind == wire.HEART:
-            count, flying = _HEART.unpack(payload)
-            self._count(rank, count, flying)
+            self._count(rank, *_HEART.unpack(payload))
         elif kind == wire.ARRIVED:
             size = int.from_bytes(payload[:2], "little")
             with self._lock:
@@ -319,10 +301,10 @@ class SideThread:
         now = time.monotonic()
         starved = now - self._last_tick > 2 * TICK_S + 1
         self._last_tick = now
-        count, flying = self.progress()
-        self._count(self.rank, count, flying)
+        count, limit_s = self.progress()
+        self._count(self.rank, count, limit_s)
         for link in self.links.values():
-            self._send(link, wire.HEART, _HEART.pack(count, flying), ignore=True)
+            self._send(link, wire.HEART, _HEART.pack(count, limit_s), ignore=True)
         if starved:
             # This process did not run; what it did not hear says nothing about the others.
             for link in self.links.values():
@@ -334,25 +316,29 @@ class SideThread:
         with contextlib.suppress(OSError, ValueError):  # closed stderr
             self.on_tick()
 
-    def _count(self, rank: int, count: int, flying: bool) -> None:
+    def _count(self, rank: int, count: int, limit_s: float) -> None:
         before = self._counts.get(rank)
-        if before is None or before[0] != count or before[1] != flying:
-            self._counts[rank] = (count, flying, time.monotonic())
+        if before is None or before[:2] != (count, limit_s):
+            self._counts[rank] = (count, limit_s, time.monotonic())
 
     def _watch(self) -> None:
         for rank, link in self.links.items():
             silent = (time.monotonic_ns() - link.heard_ns) / 1e9
             if silent > SILENCE_S and rank not in self._leaving:
-                self._lost(rank, f"nothing was heard from it for {silent:.1f} s")
-        for rank, (count, flying, since) in list(self._counts.items()):
+                self._lost(
+                    rank,
+                    f"nothing was heard from it for {silent:.1f} s (host down, cable out, or a "
+                    "model that holds Python's interpreter lock for as long)",
+                )
+        for rank, (count, limit_s, since) in list(self._counts.items()):
             still = time.monotonic() - since
             if rank in self._leaving or self.rank not in (0, rank):
                 continue
-            if flying and still > self.stall_s:
+            if still > limit_s:
                 self._lost(
                     rank,
-                    f"its count stood at {count} ended rows for {still:.0f} s with work in flight "
-                    "(--timeout sets the limit)",
+                    f"with work in flight its count stood at {count} for {still:.0f} s, the limit "
+                    f"being {limit_s:.0f} s (--timeout sets it)",
                 )
 
     # -- the end ---------------------------------------------------------------------------------
@@ -391,10 +377,20 @@ class SideThread:
             return
         self.ending.set()
         # Whatever the disk does, the process is gone within the limit.
-        watchdog = threading.Timer(END_S, os._exit, (end.exit_code,))
+        watchdog = threading.Timer(END_S, _give_up, (end,))
         watchdog.daemon = True
         watchdog.start()
         try:
             self.on_end(end)
         finally:
+            watchdog.cancel()
             os._exit(end.exit_code)
+
+
+def _give_up(end: End) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(
+            f"distbench: {end.sentence}; saving took more than {END_S:.0f} s and was given up\n"
+        )
+        sys.stderr.flush()
+    os._exit(end.exit_code)

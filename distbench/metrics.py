@@ -64,8 +64,11 @@ def rank_times(run: Run, record: RankRecord) -> RankTimes:
     completed, scheduled = record.column("completed"), record.column("scheduled")
     good = completed[completed >= 0]
     finished = int(good.max()) if len(good) else None
-    instant = int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None
-    started = record.after["started_ns"] if record.after else None
+    after = record.after or {}
+    instant = after.get("plan", {}).get("local_ns")
+    if instant is None:  # a rank that was killed left its log alone
+        instant = int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None
+    started = after.get("started_ns")
     if started is None:
         # A rank that was killed between two stores leaves a completion without its count.
         started = next((int(t) for t in record.first_rows("issued")[:1]), None)
@@ -116,7 +119,7 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
     absent = run.missing + [r.rank for r in run.present if r.rows is None]
     if absent:
         return Makespan(None, None, None, f"samples of rank {_list(absent)} are missing")
-    cut = [r.rank for r in run.present if r.after is None or r.after["end"]]
+    cut = [r.rank for r in run.present if r.after is None or r.after.get("ended_ns") is None]
     if cut:
         return Makespan(None, None, None, f"the window of rank {_list(cut)} was cut short")
     unclocked = [t.rank for t in times if t.finished_ref_ns is None or t.bound_ns is None]

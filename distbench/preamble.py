@@ -67,6 +67,7 @@ def digest_of(sut: SystemUnderTest) -> str:
 
 
 def describe_rank(
+    scenario: str,
     world: World,
     sut: SystemUnderTest,
     settings: Settings,
@@ -82,7 +83,7 @@ def describe_rank(
     known = [*world.findings, *_planned(settings, rates, cut)]
     return {
         "schema_version": SCHEMA_VERSION,
-        "scenario": "offline",
+        "scenario": scenario,
         "run_id": folder.run_id,
         "started_utc": folder.started_utc,
         "rank": world.rank,

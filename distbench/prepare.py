@@ -103,20 +103,22 @@ class Warmup:
 def warm_up(
     loop: Loop,
     sut: SystemUnderTest,
-    shapes: Sequence[int],
+    size: int,
     least_ns: int,
     order: Indices,
     now: Now,
+    tell: Callable[[], None] = lambda: None,
 ) -> Warmup:
-    """Run every batch size that the window will use, for ``least_ns`` at least, and drain.
+    """Run groups of one size for ``least_ns`` at least, and drain.
 
     Args:
         loop: the scenario's.
         sut: loaded.
-        shapes: batch sizes, the usual one first; a first group of each may compile something.
+        size: samples a group; the first group may compile something.
         least_ns: how long at least.
         order: sample indices to draw from.
         now: the clock.
+        tell: called whenever groups have ended.
 
     Raises:
         UsageError: a group failed.
@@ -125,10 +127,7 @@ def warm_up(
     columns: set[str] = set()
     begin = now()
     timed_ns = 0
-    plan = [*dict.fromkeys(shapes), shapes[0]]
-    while plan or now() - begin < least_ns or not timed_ns:
-        size = plan.pop(0) if plan else shapes[0]
-        chunk = chunk if not plan else 1
+    while groups < 2 or now() - begin < least_ns or not timed_ns:
         indices = np.resize(order, size * chunk)
         log, errors = SampleLog.in_memory(len(indices), ALL_COLUMNS), list[str]()
         before = now()
@@ -140,7 +139,8 @@ def warm_up(
         columns |= {c for c in OPTIONAL if log.rows[0, _AT[c]] > 0}
         slowest = max(slowest, int((log.completed[first] - log.issued[first]).max()))
         groups += chunk
-        if not plan and now() - begin >= least_ns // 2:
+        tell()
+        if groups > 1 and now() - begin >= least_ns // 2:
             timed_ns, samples = timed_ns + took_ns, samples + len(indices)
         # As the window does it, many groups on end: the engine's whole depth is then in use.
         if took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS:
@@ -181,10 +181,12 @@ def plan_samples(settings: Settings, rates: Sequence[float]) -> tuple[list[int],
         total = settings.num_samples
         shares = [share_out(total, r, uneven, size) for r in range(size)]
         if min(shares) == 0:
-            raise UsageError(
-                f"{total} samples leave rank {shares.index(0)} of {size} without any: give at "
-                "least one for each rank (--num-samples)"
+            error = UsageError(
+                f"--num-samples {total} leaves rank {shares.index(0)} of {size} without any: give "
+                "at least one for each rank"
             )
+            error.agreed = True
+            raise error
         return shares, False
     seconds = settings.duration_ns / 1e9 * HEADROOM
     own = list(rates) if uneven else [min(rates)] * size

@@ -11,7 +11,8 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 from distbench import files
 from distbench.errors import UsageError, where
-from distbench.liveness import End
+from distbench.liveness import IDLE
 from distbench.run import load_run, rank_folder, write_done, write_manifest
 from distbench.samples import SampleLog
+from distbench.wire import End
 
 if TYPE_CHECKING:
     from distbench.world import World
@@ -123,6 +125,29 @@ def write_before(world: World, folder: Folder, before: dict[str, Any]) -> None:
         raise
 
 
+@contextmanager
+def watched(world: World, limit_s: float) -> Iterator[Callable[[], None]]:
+    """Outside a window, let a rank on which nothing ends for ``limit_s`` be taken for lost.
+
+    Args:
+        world: all ranks; each watches its own part.
+        limit_s: the limit, s.
+
+    Yields:
+        What to call whenever a piece of the work has ended.
+    """
+    ended, before = [0], world.side.progress
+
+    def tell() -> None:
+        ended[0] += 1
+
+    world.side.progress = lambda: (ended[0], limit_s)
+    try:
+        yield tell
+    finally:
+        world.side.progress = before
+
+
 class Recorder:
     """Keeps a window's log safe while the loop runs, and saves it if the run ends early.
 
@@ -132,6 +157,8 @@ class Recorder:
         stride: rows from one group's first row to the next one's.
         after: what is known so far of after.json.
         flying: whether the window is on.
+        stall_s: how long the count may stand still in the window.
+        saved: whether the whole window is on the disk; an early end then changes nothing of it.
         show: called with the ended rows once a second, for progress.
     """
 
@@ -144,7 +171,8 @@ class Recorder:
             "end": None,
             "disk_error": "",
         }
-        self.flying = False
+        self.flying = self.saved = self._over = False
+        self.stall_s = float("inf")
         self.show: Callable[[int], None] = lambda _rows: None
         self.disk_error = ""
         self._flushed = 0
@@ -157,9 +185,9 @@ class Recorder:
     def watch(self, stall_s: float) -> None:
         """Let the side thread report progress, flush and, at an early end, save."""
         side = self.world.side
-        side.progress = lambda: (self.log.progress(self.stride), self.flying)
+        self.stall_s = stall_s
+        side.progress = self._progress
         side.on_tick = self._tick
-        side.stall_s = stall_s
         self._tell = side.on_end
         side.on_end = self.save_end
         self._flusher.start()
@@ -167,13 +195,15 @@ class Recorder:
     def release(self) -> None:
         """Stop flushing; the side thread goes on without this window."""
         side = self.world.side
-        side.progress = lambda: (0, False)
+        side.progress = lambda: IDLE
         side.on_tick = lambda: None
         side.on_end = self._tell
-        side.stall_s = float("inf")
         self._closing = True
         self._wanted.set()
         self._flusher.join(timeout=5)
+
+    def _progress(self) -> tuple[int, float]:
+        return self.log.progress(self.stride), self.stall_s if self.flying else float("inf")
 
     def _tick(self) -> None:
         if self.flying:
@@ -202,6 +232,7 @@ class Recorder:
             # A copy: the loop's thread may add to it while the side thread writes.
             files.write_json(self.folder.own / "after.json", dict(self.after))
             write_done(self.folder.own)
+            self.saved = self.after["end"] is None
 
     def save_end(self, end: End) -> None:
         """Save what there is, and report INCOMPLETE; called by the side thread, or on the way out.
@@ -210,20 +241,23 @@ class Recorder:
         """
         # Held for good: from here on the process only ends, and nothing may save over this.
         self._saving.acquire()
-        if self.after["end"] is not None:
+        if self._over or (self.saved and end.rank == self.world.rank):
             self._tell(end)
             return
-        self.after["end"] = asdict(end)
+        self._over = True
         try:
-            self.log.flush(0, self.log.progress(self.stride))
-            self.log.freeze()
-            self.save_after()
+            if not self.saved:
+                self.after["end"] = asdict(end)
+                self.log.flush(0, self.log.progress(self.stride))
+                self.log.freeze()
+                self.save_after()
             # A rank that was terminated or failed still lives to save; one that was lost does not.
             gone = end.rank if end.code == "lost" else -1
             others = [r for r in range(self.world.world_size) if r != gone]
             if self.world.rank == min(others, default=0):
                 self._await_others(end)
-                sys.stdout.write(write_report(self.folder.path))
+                report = write_report(self.folder.path)
+                sys.stdout.write(f"{report}results  {self.folder.path}\n")
         except Exception as error:  # whatever it is, the process ends and says so
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(

@@ -17,9 +17,13 @@ from numpy.typing import NDArray
 
 from distbench.clock import Now, now_ns
 from distbench.errors import UsageError
+from distbench.samples import FAILED
 
 FOREVER = 2**63 - 1
 """``until_ns`` of a ``poll`` that may wait for as long as the work takes."""
+
+KEPT_ERRORS = 8
+"""Messages of failed groups that a rank keeps."""
 
 Indices = NDArray[np.int64]
 
@@ -199,13 +203,66 @@ class Sleep(_Inline):
         return [Done(row, len(indices), indices, started_ns=started, finished_ns=finished)]
 
 
-def run_indices(sut: SystemUnderTest, indices: Indices, batch_size: int) -> list[Any]:
+def adapted(made: Any) -> SystemUnderTest:
+    """Return a system under test as it is, and a plain function as one.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if hasattr(made, "issue") and hasattr(made, "poll"):
+        return made  # type: ignore[no-any-return]
+    if callable(made):
+        return FromCallable(made)
+    raise UsageError(
+        f"a {type(made).__name__} is neither a SystemUnderTest (issue, poll, ...) nor a function "
+        "of sample indices"
+    )
+
+
+def collect(
+    ended: Sequence[Done | First],
+    cells: dict[str, memoryview],
+    kept: dict[int, Any],
+    errors: list[str],
+    now: Now,
+) -> int:
+    """Stamp the groups that the SUT says are done; returns how many."""
+    groups = 0
+    for done in ended:
+        stamp = now()
+        if isinstance(done, First):
+            continue
+        row, count, outputs, error, started_ns, finished_ns, device_ns, _ = done
+        cells["completed"][row] = stamp
+        cells["count"][row] = count
+        if started_ns and "started" in cells:
+            cells["started"][row] = started_ns
+            cells["finished"][row] = finished_ns
+        if device_ns and "device" in cells:
+            cells["device"][row] = device_ns
+        if error or len(outputs) != count:
+            cells["completed"][row] = FAILED
+            if len(errors) < KEPT_ERRORS:
+                errors.append(f"{error}" or f"{len(outputs)} outputs for {count} samples")
+        elif row in kept:
+            kept[row] = outputs
+        groups += 1
+    return groups
+
+
+def run_indices(
+    sut: SystemUnderTest,
+    indices: Indices,
+    batch_size: int,
+    tell: Callable[[], None] = lambda: None,
+) -> list[Any]:
     """Compute outputs for many samples, untimed; the accuracy pass.
 
     Args:
         sut: nothing may be in flight.
         indices: shape (n,), int64.
         batch_size: samples a group.
+        tell: called whenever groups have ended.
 
     Returns:
         n outputs, in the order of ``indices``.
@@ -225,6 +282,7 @@ def run_indices(sut: SystemUnderTest, indices: Indices, batch_size: int) -> list
             if isinstance(done, First):
                 continue
             flying -= 1
+            tell()
             if done.error or len(done.outputs) != done.count:
                 raise UsageError(
                     f"the model failed on samples {indices[done.row]} and following: "

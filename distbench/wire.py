@@ -30,6 +30,8 @@ LARGE_ECHO_BYTES = 1 << 20
 ECHO_TIMEOUT_S = 5.0
 """1 MiB both ways takes 1.7 s at 10 Mbit/s; a path that needs longer cannot carry a gather."""
 FRAME_LIMIT_BYTES = 64 << 20
+HELLO_TIMEOUT_S = 2.0
+"""A rank says who it is with its first packet; strays are greeted one after the other."""
 HELLO_LIMIT_BYTES = 4096
 """What is read from a caller before it has shown the token."""
 
@@ -56,6 +58,25 @@ class Seat:
 
     def __str__(self) -> str:
         return where(self.rank, self.host)
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a run ends early.
+
+    Attributes:
+        code: "lost", "failed" or "terminated".
+        rank: whose doing it is.
+        host: its host.
+        sentence: what happened and what to do.
+        exit_code: what this process ends with.
+    """
+
+    code: str
+    rank: int
+    host: str
+    sentence: str
+    exit_code: int
 
 
 class LinkClosed(DistbenchError):
@@ -98,8 +119,14 @@ class Link:
         except OSError as error:
             raise LinkClosed(f"the link to {self.seat} broke: {error}") from error
 
-    def receive(self, limit_bytes: int = FRAME_LIMIT_BYTES) -> tuple[int, bytes]:
-        """Receive one frame; waits for the socket's timeout at most.
+    def receive(
+        self, limit_bytes: int = FRAME_LIMIT_BYTES, within_s: float | None = None
+    ) -> tuple[int, bytes]:
+        """Receive one frame; waits for the socket's timeout at most, after each byte anew.
+
+        Args:
+            limit_bytes: longest payload.
+            within_s: how long the whole frame may take, for a caller that is not trusted yet.
 
         Returns:
             The kind and the payload.
@@ -108,22 +135,25 @@ class Link:
             TimeoutError: nothing, or only a part, arrived in time.
             LinkClosed: the other end is gone, or the frame is longer than ``limit_bytes``.
         """
-        self._fill(HEADER.size)
+        until = None if within_s is None else time.monotonic() + within_s
+        self._fill(HEADER.size, until)
         kind, size = HEADER.unpack_from(self._unread)
         if size > limit_bytes:
             raise LinkClosed(
                 f"{self.seat} sent a frame of {size} bytes; {limit_bytes} is the limit"
             )
-        self._fill(HEADER.size + size)
+        self._fill(HEADER.size + size, until)
         payload = bytes(self._unread[HEADER.size : HEADER.size + size])
         del self._unread[: HEADER.size + size]
         self.heard_ns = time.monotonic_ns()
         return kind, payload
 
-    def _fill(self, size: int) -> None:
+    def _fill(self, size: int, until: float | None) -> None:
         """Read until ``size`` bytes wait; what came before a timeout is kept for the next call."""
         while len(self._unread) < size:
             try:
+                if until is not None:
+                    self.connection.settimeout(max(0.001, until - time.monotonic()))
                 piece = self.connection.recv(min(size - len(self._unread), 1 << 20))
             except TimeoutError:
                 raise
@@ -192,8 +222,11 @@ def accept_links(
     links: dict[int, Link] = {}
     deadline = time.monotonic() + timeout_s
     while len(links) < world_size - 1:
-        server.settimeout(max(0.01, deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        server.settimeout(max(0.01, left))
         try:
+            if left <= 0:  # strays may call without end
+                raise TimeoutError
             connection, _ = server.accept()
         except TimeoutError:
             absent = sorted(set(range(1, world_size)) - set(links))
@@ -258,7 +291,8 @@ def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
     """Return the caller's link if it shows the token, else None."""
     link = Link(_tuned(connection), Seat(-1, "?", "", "", 0))
     try:
-        kind, payload = link.receive(HELLO_LIMIT_BYTES)
+        kind, payload = link.receive(HELLO_LIMIT_BYTES, HELLO_TIMEOUT_S)
+        connection.settimeout(ECHO_TIMEOUT_S)
         hello = json.loads(payload) if kind == HELLO else {}
         if not hmac.compare_digest(str(hello.get("token")), token):
             return None

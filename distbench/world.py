@@ -27,12 +27,13 @@ from numpy.typing import NDArray
 
 from distbench import network
 from distbench.clock import Now, now_ns
-from distbench.errors import DistbenchError, UsageError, where
+from distbench.errors import DistbenchError, ModelError, UsageError, where
 from distbench.findings import Finding
 from distbench.gpus import Device, choose_device, lock_gpu
-from distbench.liveness import End, SideThread
+from distbench.liveness import SideThread
 from distbench.probe import probe_collectives
 from distbench.seating import Place, open_links, read_place
+from distbench.wire import End
 
 JOIN_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 30.0
@@ -106,7 +107,8 @@ class World:
         )
         if told:
             sentence, code = json.loads(told)
-            error = UsageError(sentence)
+            own = isinstance(problem, ModelError)
+            error = ModelError(sentence) if own else UsageError(sentence)
             error.exit_code, error.agreed = code, True
             raise error from (problem.__cause__ if problem else None)
 

@@ -3,8 +3,9 @@
 On a GPU a group passes through one of ``depth`` slots: gathered into pinned host memory, copied by
 a copy stream, computed on a compute stream between two timed events, copied back to pinned memory.
 The first event follows the wait for the copy, so the device times of successive groups do not
-overlap, and their sum over the window is how long the device computed. Nothing in ``issue`` waits;
-``poll`` waits for the oldest slot's last event and for nothing else.
+overlap. The first event fires when the stream reaches it: where the host launches kernels more
+slowly than the device runs them, the gaps between them count as device time too. Nothing in
+``issue`` waits; ``poll`` waits for the oldest slot's last event and for nothing else.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class EagerOnGpu:
         device: the GPU.
         cuda: the module to take streams and events from; tests pass a fake.
         pin: whether to pin host memory; tests without a GPU cannot.
+        now: the clock that ``until_ns`` is on.
 
     Raises:
         torch.OutOfMemoryError: the slots do not fit.
@@ -107,10 +109,12 @@ class EagerOnGpu:
         device: torch.device,
         cuda: Any = torch.cuda,
         pin: bool = True,
+        now: Now = now_ns,
     ) -> None:
         self.module = module
         self.samples = samples
         self.cuda = cuda
+        self.now = now
         self.total = self.resident = len(samples)
         self._copying = cuda.Stream(device)
         self._computing = cuda.Stream(device)
@@ -168,7 +172,7 @@ class EagerOnGpu:
             slot.end.synchronize()
         else:
             while not slot.end.query():
-                if now_ns() >= until_ns:
+                if self.now() >= until_ns:
                     return []
                 time.sleep(POLL_SLEEP_S)
         self._flying.popleft()

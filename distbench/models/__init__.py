@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli import nearest, positive, positive_duration_ns
-from distbench.errors import DistbenchError, UsageError
-from distbench.sut import Echo, FromCallable, Sleep, SystemUnderTest
+from distbench.errors import DistbenchError, ModelError, UsageError
+from distbench.sut import Echo, Sleep, SystemUnderTest, adapted
 
 if TYPE_CHECKING:
     from distbench.world import World
@@ -95,12 +95,8 @@ def _from_factory(spec: str, world: World) -> SystemUnderTest:
     except DistbenchError:
         raise
     except Exception as error:
-        raise UsageError(f"model {spec} could not be built: {error!r}") from error
-    if hasattr(made, "issue") and hasattr(made, "poll"):
-        return made  # type: ignore[no-any-return]
-    if callable(made):
-        return FromCallable(made)
-    raise UsageError(
-        f"model {spec}: the factory returned {type(made).__name__}, which is neither a "
-        "SystemUnderTest (issue, poll, ...) nor a function of sample indices"
-    )
+        raise ModelError(f"model {spec} could not be built: {error!r}") from error
+    try:
+        return adapted(made)
+    except UsageError as error:
+        raise UsageError(f"model {spec}: the factory returned what is no model: {error}") from None

@@ -131,6 +131,15 @@ def test_an_unwritable_folder_on_one_rank_is_named_with_its_rank(tmp_path: Path)
     assert not (tmp_path / "results").exists() or not list((tmp_path / "results").iterdir())
 
 
+def test_the_package_itself_names_the_modules(tmp_path: Path) -> None:
+    listed = run_module("distbench")
+    assert listed.returncode == 0
+    assert "python -m distbench.offline" in listed.stdout
+    done = run_module("distbench", "offline", "--duration", "1s", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "`python -m distbench.offline`" in done.stderr
+
+
 def test_help_lists_the_options() -> None:
     done = run_module(OFFLINE, "--help")
     assert done.returncode == 0

@@ -22,17 +22,17 @@ pytestmark = pytest.mark.timeout(120)
 
 def _run(out: str, make: Any, **options: Any) -> dict[str, Any]:
     """Run Offline on this rank and return the result with what the SUT itself stamped."""
-    from distbench import offline
+    from distbench import window
     from distbench.offline import run_offline
     from distbench.world import join
 
-    window = offline.window
+    original = window.window
 
-    def armed_window(sut: Any, *args: Any) -> Any:
+    def armed_window(loop: Any, sut: Any, *args: Any) -> Any:
         sut.armed = True  # the warm-up is over: what misbehaves may begin to
-        return window(sut, *args)
+        return original(loop, sut, *args)
 
-    offline.window = armed_window
+    window.window = armed_window
     with join(device="cpu", timeout_s=30) as world:
         sut = make(world.rank)
         run = run_offline(sut, world, output_dir=out, warmup_s=0.1, **options)

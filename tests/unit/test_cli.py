@@ -321,11 +321,16 @@ def test_a_status_that_an_error_brings_along():
 
 
 @pytest.mark.parametrize(
-    ("cause", "traced"),
-    [("TypeError('theirs')", True), ("OSError(2, 'absent')", False), ("ValueError('x')", False)],
+    ("kind", "cause", "traced"),
+    [
+        ("ModelError", "TypeError('theirs')", True),
+        ("ModelError", "ValueError('theirs')", True),
+        ("UsageError", "OSError(2, 'theirs')", False),
+        ("UsageError", "RuntimeError('theirs')", False),
+    ],
 )
-def test_a_cause_that_the_user_wrote_is_traced(cause, traced):
-    done = run(f"raise UsageError('the model failed') from {cause}")
+def test_a_cause_that_the_user_wrote_is_traced(kind, cause, traced):
+    done = run(f"raise {kind}('the model failed') from {cause}")
     assert done.returncode == 2
     assert ("theirs" in done.stderr) is traced
     assert "distbench: the model failed\n" in done.stderr

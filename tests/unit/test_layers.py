@@ -21,7 +21,7 @@ LAYERS = (
     "verdict report compare wire pings liveness network driver cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines parallel telemetry prepare record "
-    "preamble finish probe nvml",
+    "preamble finish probe nvml window command",
     # Scenarios.
     "offline server singlestream multistream coordinated distributed mlperf collectives",
     # Commands around runs.

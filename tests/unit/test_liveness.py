@@ -132,8 +132,11 @@ def ranks(monkeypatch):
     assert made.ends.empty()
 
 
-def heart(count, flying):
-    return struct.pack("<q?", count, flying)
+IDLE = float("inf")
+
+
+def heart(count, limit_s):
+    return struct.pack("<qd", count, limit_s)
 
 
 # Meeting
@@ -424,8 +427,7 @@ def test_a_loss_is_passed_on_by_rank_0(ranks):
 
 def test_a_rank_that_said_goodbye_is_not_lost(ranks):
     side, peer = ranks.with_a_bare_peer()
-    side.stall_s = TICK_S
-    peer.send(wire.HEART, heart(7, True))
+    peer.send(wire.HEART, heart(7, TICK_S))
     peer.send(wire.BYE)
     peer.close()
     until(lambda: 1 in side._leaving)
@@ -465,12 +467,11 @@ def test_a_process_that_did_not_run_blames_nobody(ranks, monkeypatch):
 
 def test_a_count_that_stands_still_with_work_in_flight_is_a_stall(ranks):
     side = ranks.side([seat(0)], 0, {})
-    side.progress = lambda: (5, True)
-    side.stall_s = 3 * TICK_S
+    side.progress = lambda: (5, 3 * TICK_S)
     side.start()
     end = ranks.ended()[0]
     assert (end.code, end.rank, end.exit_code) == ("lost", 0, 6)
-    assert "its count stood at 5 ended rows for 0 s with work in flight" in end.sentence
+    assert "with work in flight its count stood at 5 for 0 s, the limit being 0 s" in end.sentence
     assert "--timeout" in end.sentence
 
 
@@ -478,8 +479,8 @@ def test_a_count_that_stands_still_with_work_in_flight_is_a_stall(ranks):
 def test_what_is_no_stall(ranks, kind):
     side = ranks.side([seat(0)], 0, {})
     counts = iter(range(10**6))
-    side.progress = (lambda: (next(counts), True)) if kind == "moving" else lambda: (5, False)
-    side.stall_s = TICK_S / 10
+    limit_s = TICK_S / 10 if kind == "moving" else IDLE
+    side.progress = lambda: (next(counts) if kind == "moving" else 5, limit_s)
     ticks = queue.Queue()
     side.on_tick = lambda: ticks.put(None)
     side.start()
@@ -490,16 +491,16 @@ def test_what_is_no_stall(ranks, kind):
 
 def test_rank_0_sees_the_stall_of_another_rank_and_tells_the_rest(ranks):
     zero, one, two = ranks.star(3, start=False)
-    zero.stall_s = 3 * TICK_S
-    one.progress = lambda: (3, True)
+    one.progress = lambda: (3, 3 * TICK_S)
+    one._watch = lambda: None
     for side in (zero, one, two):
         side.start()
-    # Rank 1 itself has no limit here and is not told: it may be stuck for good.
+    # Rank 1 does not watch itself here and is not told: it may be stuck for good.
     ends = ranks.ended(2)
     assert set(ends) == {0, 2}
     for end in ends.values():
         assert (end.code, end.rank, end.host) == ("lost", 1, "host-1")
-        assert "stood at 3 ended rows" in end.sentence
+        assert "stood at 3 for" in end.sentence
     # It hears that rank 0 has gone from its link.
     zero.links[1].close()
     assert ranks.ended(1)[1].rank == 0
@@ -507,24 +508,23 @@ def test_rank_0_sees_the_stall_of_another_rank_and_tells_the_rest(ranks):
 
 def test_other_ranks_do_not_judge_the_stall_of_rank_0(ranks):
     side, peer = ranks.with_a_bare_peer(rank=1, peer=0)
-    side.stall_s = TICK_S / 10
-    peer.send(wire.HEART, heart(9, True))
+    peer.send(wire.HEART, heart(9, TICK_S / 10))
     until(lambda: 0 in side._counts)
     ticks = queue.Queue()
     side.on_tick = lambda: ticks.put(None)
     for _ in range(4):
-        peer.send(wire.HEART, heart(9, True))
+        peer.send(wire.HEART, heart(9, TICK_S / 10))
         ticks.get(timeout=WAIT_S)
     assert ranks.exits.empty()
 
 
 def test_a_heartbeat_carries_what_the_loop_has_done(ranks):
     side, peer = ranks.with_a_bare_peer(rank=1, peer=0)
-    assert peer.receive() == (wire.HEART, heart(0, False))
-    side.progress = lambda: (2**40, True)
-    while (got := peer.receive()) == (wire.HEART, heart(0, False)):
+    assert peer.receive() == (wire.HEART, heart(0, IDLE))
+    side.progress = lambda: (2**40, 12.5)
+    while (got := peer.receive()) == (wire.HEART, heart(0, IDLE)):
         pass
-    assert got == (wire.HEART, heart(2**40, True))
+    assert got == (wire.HEART, heart(2**40, 12.5))
 
 
 # Failures
@@ -583,7 +583,7 @@ def test_a_save_that_fails_does_not_keep_the_process(ranks):
     assert ranks.exits.get(timeout=WAIT_S) == (0, 6)
 
 
-def test_a_save_that_hangs_is_cut_short(ranks, monkeypatch):
+def test_a_save_that_hangs_is_cut_short(ranks, monkeypatch, capfd):
     monkeypatch.setattr(liveness, "END_S", 0.05)
     side, peer = ranks.with_a_bare_peer()
     release = threading.Event()
@@ -591,6 +591,7 @@ def test_a_save_that_hangs_is_cut_short(ranks, monkeypatch):
     peer.close()
     assert ranks.exits.get(timeout=WAIT_S) == (None, 6)  # from the watchdog's thread
     assert not release.is_set()
+    assert "was lost" in (said := capfd.readouterr().err) and "given up" in said
     release.set()
     assert ranks.exits.get(timeout=WAIT_S) == (0, 6)
 

@@ -144,16 +144,24 @@ def test_a_rank_whose_window_was_cut_short() -> None:
     def killed(ranks):
         ranks[1].after = None
 
+    end = {"code": "lost", "rank": 1, "host": "node-1", "sentence": "gone", "exit_code": 6}
+
     def ended(ranks):
-        ranks[0].after["end"] = {
-            "code": "lost", "rank": 1, "host": "node-1", "sentence": "gone", "exit_code": 6
-        }  # fmt: skip
+        ranks[0].after["end"] = end
+        del ranks[0].after["ended_ns"]
+
+    def ended_after_its_window(ranks):
+        ranks[0].after["end"] = end
 
     assert figures(in_memory(change=killed))["throughput"]["reason"] == (
         "the window of rank 1 was cut short"
     )
     found = figures(in_memory(change=ended))["throughput"]
     assert (found["value"], found["reason"]) == (None, "the window of rank 0 was cut short")
+    # What was lost in the accuracy pass or in the gathering does not unmake the window.
+    late = in_memory(change=ended_after_its_window)
+    assert figures(late)["throughput"]["value"] == figures(in_memory())["throughput"]["value"] > 0
+    assert late.result()["verdict"]["status"] == "INCOMPLETE"
 
 
 def test_a_rank_that_completed_nothing() -> None:

@@ -220,7 +220,7 @@ def test_outputs_non_finite(tmp_path: Path) -> None:
     assert about(finding) == ("invalid", "outputs-non-finite", 1, "node-1")
     assert "NaN or infinite outputs in 1 of 10 kept groups" in finding.message
     assert (finding.value, finding.limit) == (1, 0)
-    assert "--dtype" in finding.remedy
+    assert "precision" in finding.remedy
 
 
 def test_outputs_differ(tmp_path: Path) -> None:
@@ -369,7 +369,10 @@ def test_harness_cost(tmp_path: Path, cost_ns: int, level: str | None) -> None:
     state, finding = only(tmp_path, change, groups=(10, 5))
     assert state == STATUS[level]
     assert about(finding) == (level, "harness-cost", None, "")
-    assert f"took {cost_ns / S:.1%} of the window (10 batches on the busiest" in finding.message
+    assert (
+        f"takes {cost_ns / S:.1%} of this window's time (10 batches on the busiest"
+        in finding.message
+    )
     assert finding.value == pytest.approx(cost_ns / S, rel=1e-12)
     assert finding.limit == 0.05
     assert "--batch-size" in finding.remedy

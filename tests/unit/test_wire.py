@@ -458,3 +458,36 @@ def test_the_mtu_of_an_interface():
     assert wire.interface_mtu(name) == struct.unpack_from("i", asked, 16)[0]
     assert wire.interface_mtu("no-such-interface") == 0
     assert wire.interface_mtu("") == 0
+
+
+def test_a_stray_that_drips_bytes_is_cut_off(server, pool, monkeypatch):
+    """A byte now and then must not make each wait begin anew."""
+    monkeypatch.setattr(wire, "HELLO_TIMEOUT_S", 0.3)
+    accepting = pool.submit(wire.accept_links, server, ZERO, 2, TOKEN, 10)
+    with connect(server) as stray:
+        stop = threading.Event()
+
+        def drip():
+            with contextlib.suppress(OSError):
+                while not stop.wait(0.1):
+                    stray.send(b"\0")
+
+        dripping = pool.submit(drip)
+        begin = time.monotonic()
+        there = call(server, ONE, timeout_s=5)
+        here = accepting.result(5)[1]
+        assert time.monotonic() - begin < 2
+        stop.set()
+        dripping.result(5)
+        close(here, there)
+
+
+def test_strays_without_end_do_not_outlast_the_limit(server, pool, monkeypatch):
+    monkeypatch.setattr(wire, "HELLO_TIMEOUT_S", 0.2)
+    accepting = pool.submit(wire.accept_links, server, ZERO, 2, TOKEN, 0.5)
+    strays = [connect(server) for _ in range(12)]
+    begin = time.monotonic()
+    with pytest.raises(UsageError, match="did not open their link"):
+        accepting.result(5)
+    assert time.monotonic() - begin < 2
+    close(*strays)

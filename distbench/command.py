@@ -1,0 +1,133 @@
+"""What the commands of all scenarios share: options, settings, model, report, exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from distbench.cli import (
+    Option,
+    Values,
+    command_line,
+    duration_ns,
+    one_of,
+    parse,
+    positive,
+    positive_duration_ns,
+    run_command,
+    whole,
+)
+from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError
+from distbench.models import check_model, load_model
+from distbench.prepare import Settings
+
+if TYPE_CHECKING:
+    from distbench.run import Run
+    from distbench.sut import SystemUnderTest
+    from distbench.world import World
+
+    Measure = Callable[[SystemUnderTest, World, Settings], Run]
+
+COMMON_OPTIONS = (
+    Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
+    Option("device", "auto", one_of("auto", "cpu", "cuda"), "auto, cpu or cuda"),
+    Option("backend", "auto", one_of("auto", "nccl", "gloo"), "of the data group"),
+    Option("batch-size", "32", positive, "samples a group", "N"),
+    Option("duration", "5s", positive_duration_ns, "about how long to measure", "TIME"),
+    Option("num-samples", None, positive, "samples of all ranks, in place of a duration", "N"),
+    Option("warmup", "1s", duration_ns, "warm up for at least so long", "TIME"),
+    Option("seed", "0", whole, "of sample order and kept outputs", "N"),
+    Option("shares", "even", one_of("even", "rate"), "samples a rank: even, or by warm-up rate"),
+    Option(
+        "timeout", None, positive_duration_ns, "a rank that stands still so long is lost", "TIME"
+    ),
+    Option("output-dir", "results", str, "where the result directory goes", "DIR"),
+    Option("name", "", str, "replaces the scenario in the directory's name", "NAME"),
+    Option("strict", None, None, "exit 3 unless the measurement is VALID"),
+    Option("quiet", None, None, "no progress on stderr"),
+)
+
+
+def settings_from(module: str, values: Values, argv: Sequence[str]) -> Settings:
+    """Turn a command line into settings; raises what ``Settings`` does."""
+    v = values.values
+    return Settings(
+        batch_size=v["batch_size"],
+        duration_ns=v["duration"],
+        num_samples=v["num_samples"],
+        warmup_ns=v["warmup"],
+        seed=v["seed"],
+        shares=v["shares"],
+        timeout_ns=v["timeout"],
+        output_dir=v["output_dir"],
+        name=v["name"],
+        quiet=v["quiet"],
+        config=values.config(),
+        command=command_line(module, argv),
+        model_name=v["model"],
+    )
+
+
+def run_scenario(
+    module: str,
+    purpose: str,
+    options: Sequence[Option],
+    argv: Sequence[str],
+    measure: Measure,
+) -> int:
+    """Run a scenario's command on this rank; returns the exit status.
+
+    Args:
+        module: such as "distbench.offline".
+        purpose: what stands above the options in the help.
+        options: of the command.
+        argv: without the program's name.
+        measure: takes the window; returns the run, on every rank.
+
+    Raises:
+        DistbenchError: anything that a sentence can tell.
+    """
+    values = parse(module, purpose, options, argv)
+    settings = settings_from(module, values, argv)
+    from distbench.record import watched  # noqa: PLC0415
+    from distbench.window import setup_limit_s  # noqa: PLC0415
+    from distbench.world import join  # noqa: PLC0415  --help never imports torch
+
+    with join(backend=values.values["backend"], device=values.values["device"]) as world:
+        problem, sut = None, None
+        try:
+            with watched(world, setup_limit_s(settings)):
+                sut = load_model(settings.model_name, world, settings.batch_size)
+        except UsageError as error:
+            problem = error
+        world.check("model", problem)
+        assert sut is not None
+        try:
+            run = measure(sut, world, settings)
+        finally:
+            sut.close()
+        if world.rank != 0:
+            return EXIT_OK
+        result = run.result()
+        sys.stdout.write(f"{run.report()}results  {run.folder}\n")
+        sys.stdout.flush()
+    verdict = result["verdict"]["status"]
+    if verdict == "INCOMPLETE":
+        return EXIT_INCOMPLETE
+    return EXIT_STRICT if values.values["strict"] and verdict != "VALID" else EXIT_OK
+
+
+def start_command(main: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Run a scenario's ``main`` and end the process; torchrun's summary shows an error's sentence.
+
+    Args:
+        main: takes argv, returns the exit status.
+    """
+    run_command(main, _record_error)
+
+
+def _record_error(error: BaseException) -> None:
+    from distbench.world import record_error  # noqa: PLC0415
+
+    record_error(error)
