@@ -27,10 +27,9 @@ from distbench.run import RankRecord, Run
 from distbench.start import (
     agree_start,
     measure_spin_ns,
-    own_processor,
     quiet,
     set_timer_slack,
-    wait_until,
+    wait_together,
 )
 from distbench.world import join
 
@@ -66,8 +65,7 @@ def one_round(world: World, name: str, hold_s: float = 0.0) -> list[int]:
     plan = agree_start(world, name, spin_ns)
     if hold_s:
         time.sleep(hold_s + (plan.local_ns - world.now()) / 1e9)
-    with own_processor(world):
-        stamp = wait_until(plan.local_ns, world.now, spin_ns)
+    stamp = wait_together(world, plan.local_ns, spin_ns)
     return [barrier, plan.local_ns, stamp, plan.attempts]
 
 

@@ -31,14 +31,28 @@ if TYPE_CHECKING:
 
 COMMON_OPTIONS = (
     Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
-    Option("device", "auto", one_of("auto", "cpu", "cuda"), "auto, cpu or cuda"),
-    Option("backend", "auto", one_of("auto", "nccl", "gloo"), "of the data group"),
+    Option(
+        "device",
+        "auto",
+        one_of("auto", "cpu", "cuda"),
+        "what each rank computes on",
+        "auto|cpu|cuda",
+    ),
+    Option(
+        "backend", "auto", one_of("auto", "nccl", "gloo"), "of the data group", "auto|nccl|gloo"
+    ),
     Option("batch-size", "32", positive, "samples a group", "N"),
     Option("duration", "5s", positive_duration_ns, "about how long to measure", "TIME"),
     Option("num-samples", None, positive, "samples of all ranks, in place of a duration", "N"),
     Option("warmup", "1s", duration_ns, "warm up for at least so long", "TIME"),
     Option("seed", "0", whole, "of sample order and kept outputs", "N"),
-    Option("shares", "even", one_of("even", "rate"), "samples a rank: even, or by warm-up rate"),
+    Option(
+        "shares",
+        "even",
+        one_of("even", "rate"),
+        "of samples to ranks, by warm-up rate",
+        "even|rate",
+    ),
     Option(
         "timeout", None, positive_duration_ns, "a rank that stands still so long is lost", "TIME"
     ),

@@ -1,10 +1,10 @@
-"""Make an INCOMPLETE report from whatever rank folders are left.
+"""Make a report from whatever rank folders are left.
 
     python -m distbench.salvage DIR...
 
 DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
 the first lacks, or has only in part, are copied into it. Then result.json, report.txt and
-manifest.sha256 are written there. Needs no torch.
+manifest.sha256 are written there. If all folders are whole, so is the report. Needs no torch.
 """
 
 from __future__ import annotations

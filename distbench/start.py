@@ -31,6 +31,9 @@ MARGIN_NS = 50_000_000
 SPIN_LIMITS_NS = (200_000, 1_000_000)
 """Shorter than 200 us and a sleep oversleeps it; a longer spin than 1 ms uses up the scheduler's
 slice before the instant comes."""
+RELEASE_NS = 150_000
+"""A thread is let go from its processor so long before the instant: the call takes some 30 us,
+which would delay the first issue, and a thread that spins is not moved so soon."""
 PR_SET_TIMERSLACK = 29
 
 
@@ -102,6 +105,22 @@ def own_processor(world: World) -> Iterator[None]:
         os.sched_setaffinity(0, every)
 
 
+def wait_together(world: World, instant_ns: int, spin_ns: int) -> int:
+    """Wait for an instant that other ranks wait for too, on an own processor until just before.
+
+    Args:
+        world: this rank's place on its host, and its clock.
+        instant_ns: on this rank's clock.
+        spin_ns: from ``measure_spin_ns``.
+
+    Returns:
+        The clock after the instant, ns.
+    """
+    with own_processor(world):
+        wait_until(instant_ns - RELEASE_NS, world.now, spin_ns)
+    return wait_until(instant_ns, world.now, spin_ns)
+
+
 def synchronize(world: World, name: str) -> None:
     """Measure all clocks against rank 0's now; every rank calls it and waits for the others.
 
@@ -131,8 +150,7 @@ def agree_start(world: World, name: str, spin_ns: int, extra_ns: int = 0) -> Sta
     instant, _ = _name_instant(world, f"{name}:0", [], extra_ns, final=False)
     rehearsals: list[int] = []
     while True:
-        with own_processor(world):
-            rehearsals.append(wait_until(instant, world.now, spin_ns) - instant)
+        rehearsals.append(wait_together(world, instant, spin_ns) - instant)
         attempt = len(rehearsals)
         instant, told = _name_instant(
             world, f"{name}:{attempt}", rehearsals, extra_ns, final=attempt == MAX_ATTEMPTS

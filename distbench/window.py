@@ -179,9 +179,11 @@ def _from_instant(
     after: dict[str, Any],
 ) -> Iterator[tuple[int, Indices]]:
     """Yield the groups, the first one at the agreed instant: the loop is then set up already."""
-    with start.own_processor(world):
-        after["started_ns"] = start.wait_until(instant_ns, world.now, spin_ns)
-    yield from groups_of(order, batch_size)
+    groups = iter(groups_of(order, batch_size))
+    first = next(groups)
+    after["started_ns"] = start.wait_together(world, instant_ns, spin_ns)
+    yield first
+    yield from groups
 
 
 def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:

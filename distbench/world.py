@@ -223,7 +223,7 @@ def join(
     """
     place = read_place()
     with ExitStack() as stack:
-        chosen, problem = _take_device(stack, device, place)
+        chosen, problem = _take_device(stack, device, place, backend)
         store = None if place.alone else _open_store(place, timeout_s)
         interface, links, seats = open_links(stack, place, store, timeout_s)
         side = SideThread(seats, place.rank, links, now)
@@ -261,11 +261,13 @@ def join(
 
 
 def _take_device(
-    stack: ExitStack, asked: str, place: Place
+    stack: ExitStack, asked: str, place: Place, backend: str
 ) -> tuple[Device, DistbenchError | None]:
     """Choose and lock this rank's device, or return the problem, which all ranks are told later."""
     try:
         chosen = choose_device(asked, place.local_rank)
+        if backend == "nccl" and chosen.type != "cuda":
+            raise UsageError("--backend nccl needs a GPU on every rank, and there is none here")
         stack.enter_context(lock_gpu(chosen.uuid))
     except UsageError as error:
         if place.alone:
@@ -342,10 +344,6 @@ def _with_groups(stack: ExitStack, world: World, store: Any, backend: str) -> Wo
     if len(set(types)) > 1:
         world.agree("devices", {"device": world.device.type}, "give all ranks --device cpu or cuda")
     if world.device.type != "cuda":
-        problem = None
-        if backend == "nccl":
-            problem = UsageError("--backend nccl needs a GPU on every rank, and there is none here")
-        world.check("backend", problem)
         return world
     torch.cuda.set_device(world.device.index)
     if backend == "gloo":

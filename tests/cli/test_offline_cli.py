@@ -91,6 +91,7 @@ def test_the_users_own_factory_in_the_current_folder(tmp_path: Path) -> None:
         (["--modle", "digits"], ["--modle", "did you mean --model?"]),
         (["--device", "gpu"], ["--device", "'gpu'", "cpu"]),
         (["--device", "cuda"], ["cuda"]),
+        (["--backend", "nccl", "--device", "cpu"], ["--backend nccl needs a GPU"]),
         (["--output-dir", "/proc/nowhere"], ["/proc/nowhere", "--output-dir"]),
         (["--num-samples", "20000000"], ["20000000", "10000000"]),
     ],
