@@ -22,7 +22,7 @@ import numpy as np
 from common import Report, Row, parser
 from numpy.typing import NDArray
 
-from distbench.metrics import LATE_NS, RankTimes, start_section
+from distbench.metrics import start_section
 from distbench.run import RankRecord, Run
 from distbench.start import (
     agree_start,
@@ -31,6 +31,7 @@ from distbench.start import (
     set_timer_slack,
     wait_together,
 )
+from distbench.times import LATE_NS, RankTimes
 from distbench.world import join
 
 if TYPE_CHECKING:

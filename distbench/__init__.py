@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from distbench.offline import run_offline
-    from distbench.run import Run, load_run
+    from distbench.run import Run
     from distbench.sut import Done, SystemUnderTest
+    from distbench.windows import Windows, load_run
     from distbench.world import World, join
 
 __version__ = "0.1.0"
@@ -25,13 +26,23 @@ _HOMES = {
     "Done": "distbench.sut",
     "Run": "distbench.run",
     "SystemUnderTest": "distbench.sut",
+    "Windows": "distbench.windows",
     "World": "distbench.world",
     "join": "distbench.world",
-    "load_run": "distbench.run",
+    "load_run": "distbench.windows",
     "run_offline": "distbench.offline",
 }
 
-__all__ = ["Done", "Run", "SystemUnderTest", "World", "join", "load_run", "run_offline"]
+__all__ = [
+    "Done",
+    "Run",
+    "SystemUnderTest",
+    "Windows",
+    "World",
+    "join",
+    "load_run",
+    "run_offline",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,12 @@ import sys
 
 COMMANDS = {
     "offline": "every sample at once: samples/s over all ranks",
+    "plan": "before a run: how many queries, how long, what could not be VALID",
     "verify": "recompute every figure of a result directory and check every hash",
     "salvage": "make a report from whatever rank folders are left",
+    "compare": "launches of one thing against launches of another: faster, slower, undecided",
+    "baseline": "record launches, and hold later ones against them",
+    "report": "a result directory as text, json, csv or Markdown",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import os
 import re
 import shlex
@@ -68,6 +69,21 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def positive_number(text: str) -> float:
+    """Read a plain number above zero, such as a rate.
+
+    Raises:
+        UsageError: it is not.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise UsageError(f"{text!r} is not a number above 0")
+    return value
+
+
 def whole(text: str) -> int:
     """Read a whole number of at least 0.
 
@@ -77,6 +93,22 @@ def whole(text: str) -> int:
     if not re.fullmatch(r"\d+", text.strip()):
         raise UsageError(f"{text!r} is not a whole number of at least 0")
     return int(text)
+
+
+def percent(text: str) -> float:
+    """Read a share such as "1%"; returns it as a fraction.
+
+    Raises:
+        UsageError: no number with a per cent sign, or not between 0 and 100.
+
+    Example:
+        >>> percent("0.5%")
+        0.005
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match or not 0 < float(match.group(1)) < 100:
+        raise UsageError(f"{text!r} is no share: give a number of per cent, such as 1%")
+    return float(match.group(1)) / 100
 
 
 def one_of(*words: str) -> Callable[[str], str]:

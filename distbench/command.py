@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from distbench.cli import (
     Option,
@@ -13,6 +14,7 @@ from distbench.cli import (
     duration_ns,
     one_of,
     parse,
+    percent,
     positive,
     positive_duration_ns,
     run_command,
@@ -21,13 +23,22 @@ from distbench.cli import (
 from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError
 from distbench.models import check_model, load_model
 from distbench.prepare import Settings
+from distbench.rules import parse_rules
+from distbench.sut import adapted
 
 if TYPE_CHECKING:
     from distbench.run import Run
     from distbench.sut import SystemUnderTest
+    from distbench.windows import Windows
     from distbench.world import World
 
-    Measure = Callable[[SystemUnderTest, World, Settings], Run]
+    Measure = Callable[[SystemUnderTest, World, Settings], Run | Windows]
+
+
+def _rules(text: str) -> str:
+    parse_rules(text)
+    return text
+
 
 COMMON_OPTIONS = (
     Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
@@ -45,6 +56,7 @@ COMMON_OPTIONS = (
     Option("duration", "5s", positive_duration_ns, "about how long to measure", "TIME"),
     Option("num-samples", None, positive, "samples of all ranks, in place of a duration", "N"),
     Option("warmup", "1s", duration_ns, "warm up for at least so long", "TIME"),
+    Option("rules", "none", _rules, "none, mlperf-v5.0 or mlperf-v5.1[,shortened=5s]", "ROUND"),
     Option("seed", "0", whole, "of sample order and kept outputs", "N"),
     Option(
         "shares",
@@ -52,6 +64,20 @@ COMMON_OPTIONS = (
         one_of("even", "rate"),
         "of samples to ranks, by warm-up rate",
         "even|rate",
+    ),
+    Option(
+        "until",
+        None,
+        percent,
+        "repeat windows until throughput is known to within this",
+        "PERCENT",
+    ),
+    Option(
+        "samples",
+        None,
+        one_of("gather", "shard"),
+        "all on rank 0, or each on its rank's disk (default: gather up to 10,000,000)",
+        "gather|shard",
     ),
     Option(
         "timeout", None, positive_duration_ns, "a rank that stands still so long is lost", "TIME"
@@ -74,6 +100,9 @@ def settings_from(module: str, values: Values, argv: Sequence[str]) -> Settings:
         seed=v["seed"],
         shares=v["shares"],
         timeout_ns=v["timeout"],
+        samples=v["samples"] or "",
+        until=v["until"],
+        rules=v["rules"],
         output_dir=v["output_dir"],
         name=v["name"],
         quiet=v["quiet"],
@@ -81,6 +110,18 @@ def settings_from(module: str, values: Values, argv: Sequence[str]) -> Settings:
         command=command_line(module, argv),
         model_name=v["model"],
     )
+
+
+def measure_joined(
+    measure: Measure, sut: Any, world: World | None, settings: Settings
+) -> Run | Windows:
+    """Take windows of a system under test or a plain function, joining where there is no world."""
+    with ExitStack() as stack:
+        if world is None:
+            from distbench.world import join  # noqa: PLC0415  only the run itself needs torch
+
+            world = stack.enter_context(join())
+        return measure(adapted(sut), world, settings)
 
 
 def run_scenario(

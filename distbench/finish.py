@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbench.errors import IncompleteError, where
-from distbench.record import Recorder, write_report
+from distbench.pool import Pool, series
+from distbench.quantiles import select
+from distbench.record import Recorder, write_report, write_result
 from distbench.run import RankRecord, Run, rank_folder, write_rank
 from distbench.sut import SystemUnderTest, run_indices
+from distbench.verdict import result
+from distbench.windows import Windows
 
 if TYPE_CHECKING:
     from distbench.world import World
@@ -27,6 +32,7 @@ def accuracy_pass(
     world: World,
     batch_size: int,
     raised: bool = False,
+    scored: bool = False,
     tell: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, Any], dict[int, Any]]:
     """Score this rank's share of the model's held-out samples, untimed.
@@ -36,6 +42,7 @@ def accuracy_pass(
         world: all ranks.
         batch_size: samples a group.
         raised: whether the model raised in the window.
+        scored: whether an earlier window of the same command had it.
         tell: called whenever groups have ended.
 
     Returns:
@@ -50,6 +57,8 @@ def accuracy_pass(
             else "the model has no held-out samples to score"
         )
         return {"right": 0, "of": 0, "reason": reason}, {}
+    if scored:
+        return {"right": 0, "of": 0, "reason": "scored in the first window"}, {}
     if raised:
         reason = "the model raised in the window, so what is in flight in it is not known"
         return {"right": 0, "of": 0, "reason": reason}, {}
@@ -58,14 +67,14 @@ def accuracy_pass(
         return {"right": 0, "of": 0, "reason": ""}, {}
     try:
         outputs = run_indices(sut, mine, batch_size, tell)
-        right, scored = (float(number) for number in score(mine, outputs))
-        if not (math.isfinite(right) and math.isfinite(scored)):
-            raise ValueError(f"score returned {right} of {scored}")
+        right, total = (float(number) for number in score(mine, outputs))
+        if not (math.isfinite(right) and math.isfinite(total)):
+            raise ValueError(f"score returned {right} of {total}")
     except Exception as error:  # the user's model; what was measured must outlive it
         reason = f"the accuracy pass failed on {where(world.rank, world.host)}: {error!r}"
         return {"right": 0, "of": 0, "reason": reason}, {}
     by_index = dict(zip(mine.tolist(), outputs, strict=True))
-    return {"right": right, "of": scored, "reason": ""}, by_index
+    return {"right": right, "of": total, "reason": ""}, by_index
 
 
 def check_outputs(
@@ -135,13 +144,14 @@ def alike(one: Any, other: Any) -> bool:
     return bool(np.all(a == b))
 
 
-def finish(world: World, recorder: Recorder, before: dict[str, Any]) -> Run:
+def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool = False) -> Run:
     """Save this rank's folder, all-gather, and on rank 0 judge and write the result directory.
 
     Args:
         world: all ranks; all call it.
         recorder: the window, its ``after`` complete.
         before: this rank's rank.json.
+        shard: whether the samples stay on their ranks, and all ranks judge together.
 
     Returns:
         The run with all ranks' records, on every rank.
@@ -157,25 +167,82 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any]) -> Run:
     world.side.meet("gather")
     after = {**recorder.after, "disk_error": problem}
     told = world.gather_json([before, after])
-    rows = world.gather_rows(recorder.log.rows[: recorder.after["used"]])
+    own = recorder.log.rows[: recorder.after["used"]]
+    rows: list[Any] = [None] * world.world_size
+    rows[world.rank] = own
+    if not shard:
+        rows = list(world.gather_rows(own))
     world.side.meet("gathered")
-    records = tuple(
-        RankRecord(rank, told[rank][0], told[rank][1], rows[rank])
-        for rank in range(world.world_size)
+    run = Run(
+        world.world_size,
+        tuple(
+            RankRecord(rank, told[rank][0], told[rank][1], rows[rank])
+            for rank in range(world.world_size)
+        ),
+        recorder.folder.path if world.rank == 0 else None,
     )
-    path = recorder.folder.path
+    if shard:
+        run = replace(run, judged=result(run, across_ranks(world, run)))
+        world.side.meet("judged")
     failure = ""
     if world.rank == 0:
-        failure = _write(path, records)
+        failure = _write(recorder.folder.path, run)
     world.side.meet("written")
     if failure:
         raise IncompleteError(failure)
-    return Run(world.world_size, records, path if world.rank == 0 else None)
+    return run
 
 
-def _write(path: Path, records: Sequence[RankRecord]) -> str:
+def write_windows(world: World, several: Windows) -> None:
+    """Write the result above several windows on rank 0's disk; all ranks call it.
+
+    Raises:
+        IncompleteError: the disk refused it; the windows' own results are written.
+    """
+    failure = ""
+    if several.folder is not None:
+        try:
+            write_result(several.folder, several.result())
+        except OSError as error:
+            failure = (
+                f"rank 0 ({world.host}) could not write {several.folder}: "
+                f"{error.strerror or error}; each window under it is whole: free space, then run "
+                f"`python -m distbench.salvage {several.folder}`"
+            )
+    world.side.meet("windows written")
+    if failure:
+        raise IncompleteError(failure)
+
+
+def across_ranks(world: World, run: Run) -> Pool:
+    """Return the pool of a run whose samples stay on their ranks; every use is a collective.
+
+    Args:
+        world: all ranks; all make the same calls in the same order.
+        run: its records; this rank's alone has rows.
+    """
+    own = run.present[world.rank]
+
+    def order(name: str, places: Sequence[int]) -> list[int]:
+        world.side.meet(f"select:{name}")
+        found = select(
+            series(own, name),
+            places,
+            lambda values: world.reduce(values, "sum"),
+            lambda values: world.reduce(values, "max"),
+        )
+        return list(found.values)
+
+    return Pool(run, lambda fact: world.gather_json(fact(own)), order)
+
+
+def _write(path: Path, run: Run) -> str:
     """Complete the result directory on rank 0's disk; returns what went wrong, "" for nothing."""
+    records = run.present
     try:
+        if run.judged is not None:
+            write_result(path, run.judged)
+            return ""
         for record in records:
             own = rank_folder(path, record.rank)
             # The name of the directory is unique, so a folder that is here came over a shared disk.
@@ -183,7 +250,6 @@ def _write(path: Path, records: Sequence[RankRecord]) -> str:
                 write_rank(own, record)
         write_report(path)
     except OSError as error:
-        run = Run(len(records), tuple(records))
         return (
             f"rank 0 ({records[0].host}) could not complete {path}: {error.strerror or error}; "
             "each rank's samples are in its own folder: free space, then run `python -m "

@@ -6,16 +6,15 @@ clocks carries their bound. docs/method.md tells the formulas at length.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from distbench.files import finite
-from distbench.quantiles import RULE, percentiles_ns
+from distbench.intervals import Steady, percentile_intervals, steady_rate
+from distbench.pool import Pool
+from distbench.quantiles import RULE
 from distbench.run import RankRecord, Run
-from distbench.samples import FAILED, PENDING
+from distbench.stats import Interval
+from distbench.times import LATE_NS, Makespan, RankTimes
 
 NS = 1e9
 QUANTILES = {
@@ -28,121 +27,6 @@ QUANTILES = {
 }
 ONE_WINDOW = "one window gives no interval: repeat windows or launches"
 NO_INTERVAL = "no interval is computed for it by this version"
-
-
-@dataclass(frozen=True)
-class RankTimes:
-    """One rank's window, on its own clock and on rank 0's, ns.
-
-    Attributes:
-        rank: global rank.
-        scheduled_ns: agreed instant, own clock.
-        started_ns: when its loop began, own clock; None when unknown.
-        finished_ns: last completion, own clock; None when nothing completed.
-        started_ref_ns: ``started_ns`` on rank 0's clock; None without a clock model.
-        finished_ref_ns: ``finished_ns`` likewise.
-        bound_ns: how wrong the mapping to rank 0's clock can be in the window.
-        ok: samples that completed.
-        failed: samples that failed.
-        pending: samples that never ended.
-    """
-
-    rank: int
-    scheduled_ns: int | None
-    started_ns: int | None
-    finished_ns: int | None
-    started_ref_ns: int | None
-    finished_ref_ns: int | None
-    bound_ns: int | None
-    ok: int
-    failed: int
-    pending: int
-
-
-def rank_times(run: Run, record: RankRecord) -> RankTimes:
-    """Reduce one rank's samples to the stamps that are compared between ranks."""
-    completed, scheduled = record.column("completed"), record.column("scheduled")
-    good = completed[completed >= 0]
-    finished = int(good.max()) if len(good) else None
-    after = record.after or {}
-    instant = after.get("plan", {}).get("local_ns")
-    if instant is None:  # a rank that was killed left its log alone
-        instant = int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None
-    started = after.get("started_ns")
-    if started is None:
-        # A rank that was killed between two stores leaves a completion without its count.
-        started = next((int(t) for t in record.first_rows("issued")[:1]), None)
-    model = run.clock(record)
-    begin = end = bound = None
-    if model is not None:
-        begin = model.to_reference_ns(started) if started is not None else None
-        end = model.to_reference_ns(finished) if finished is not None else None
-        known = [t for t in (begin, end) if t is not None]
-        bound = max((model.bound_ns(t) for t in known), default=None)
-    return RankTimes(
-        rank=record.rank,
-        scheduled_ns=instant,
-        started_ns=started,
-        finished_ns=finished,
-        started_ref_ns=begin,
-        finished_ref_ns=end,
-        bound_ns=bound,
-        ok=len(good),
-        failed=int((completed == FAILED).sum()),
-        pending=int((completed == PENDING).sum()),
-    )
-
-
-@dataclass(frozen=True)
-class Makespan:
-    """From the agreed instant to the last completion of all ranks, on rank 0's clock.
-
-    Attributes:
-        value_ns: None where it cannot be known; then ``reason`` says why.
-        bound_ns: how wrong it can be.
-        start_ns: the agreed instant.
-        reason: "" when known.
-    """
-
-    value_ns: int | None
-    bound_ns: int | None
-    start_ns: int | None
-    reason: str
-
-
-def makespan(run: Run, times: list[RankTimes]) -> Makespan:
-    """Compute the makespan over all ranks.
-
-    The latest end is at least max(end - bound) and at most max(end + bound); the second is never
-    nearer to max(end) than the first, so its distance is the bound.
-    """
-    absent = run.missing + [r.rank for r in run.present if r.rows is None]
-    if absent:
-        return Makespan(None, None, None, f"samples of rank {_list(absent)} are missing")
-    cut = [r.rank for r in run.present if r.after is None or r.after.get("ended_ns") is None]
-    if cut:
-        return Makespan(None, None, None, f"the window of rank {_list(cut)} was cut short")
-    unclocked = [t.rank for t in times if t.finished_ref_ns is None or t.bound_ns is None]
-    if unclocked:
-        return Makespan(
-            None,
-            None,
-            None,
-            f"rank {_list(unclocked)} completed nothing or its clock was not measured",
-        )
-    starts = [r.after["plan"]["reference_ns"] for r in run.present if r.after]
-    start = starts[0]
-    ends = [(t.finished_ref_ns or 0, t.bound_ns or 0) for t in times]
-    last = max(end for end, _ in ends)
-    if last <= start:
-        return Makespan(None, None, None, "the last completion is not after the agreed instant")
-    high = max(end + bound for end, bound in ends)
-    return Makespan(last - start, high - last, start, "")
-
-
-def _list(ranks: list[int]) -> str:
-    shown = ", ".join(str(r) for r in sorted(set(ranks))[:8])
-    return shown + (" and others" if len(set(ranks)) > 8 else "")
 
 
 def metric(
@@ -168,8 +52,9 @@ def metric(
     }
 
 
-def metrics(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, dict[str, Any]]:
+def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dict[str, Any]]:
     """Return all metrics of an Offline window by name."""
+    run = pool.run
     done = sum(t.ok for t in times)
     lost = span.reason or ("no sample completed" if done == 0 else "")
     seconds = None if span.value_ns is None else span.value_ns / NS
@@ -182,57 +67,81 @@ def metrics(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, dict[
         reason=lost,
         ci_reason=ONE_WINDOW,
     )
-    _latencies(out, "latency", _all(run, _latency), "completion - agreed instant, per sample")
-    _latencies(out, "batch_latency", _all(run, _batch_latency), "completion - issue, per group")
-    _latencies(out, "service", _all(run, _service), "engine's end - engine's start, per group")
-    _latencies(out, "device", _all(run, _device), "device time between two events, per group")
-    out["accuracy"] = _accuracy(run)
+    out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
+    for name, definition in LATENCIES.items():
+        out |= _latencies(pool, times, name, definition)
+    out["accuracy"] = accuracy(run)
     out["memory.peak"] = _memory(run)
     return out
 
 
-def _all(run: Run, pick: Any) -> NDArray[np.int64]:
-    parts = [pick(record) for record in run.present if record.rows is not None]
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+LATENCIES = {
+    "latency": "completion - agreed instant, per sample",
+    "batch_latency": "completion - issue, per group",
+    "service": "engine's end - engine's start, per group",
+    "device": "device time between two events, per group",
+}
 
 
-def _latency(record: RankRecord) -> NDArray[np.int64]:
-    completed = record.column("completed")
-    good = completed >= 0
-    return np.asarray(completed[good] - record.column("scheduled")[good])
+def _steady(found: Steady) -> dict[str, Any]:
+    definition = (
+        "completed samples of all ranks / time, from when the last rank is warm to when the first "
+        "has finished"
+    )
+    made = metric(found.rate_qps, "samples/s", found.samples, definition, reason=found.reason)
+    if found.interval is not None:
+        made["definition"] += f" ({found.cut_s:.3f} s after the start, for {found.length_s:.3f} s)"
+        made |= {
+            "ci_low": found.interval.low,
+            "ci_high": found.interval.high,
+            "ci_method": found.interval.method if found.interval.low is not None else "",
+            "n_eff": found.interval.n_eff,
+            "reason": found.interval.reason,
+        }
+    return made
 
 
-def _batch_latency(record: RankRecord) -> NDArray[np.int64]:
-    return np.asarray(record.first_rows("completed") - record.first_rows("issued"))
+DRAINED = (
+    "all samples are scheduled at one instant, so these are places in one drained queue, not draws "
+    "from a steady one: repeat windows or launches"
+)
 
 
-def _service(record: RankRecord) -> NDArray[np.int64]:
-    started, finished = record.first_rows("started"), record.first_rows("finished")
-    known = (started > 0) & (finished > 0)
-    return np.asarray(finished[known] - started[known])
-
-
-def _device(record: RankRecord) -> NDArray[np.int64]:
-    device = record.first_rows("device")
-    return np.asarray(device[device > 0])
+def in_seconds(interval: Interval) -> dict[str, Any]:
+    """Return the fields of a metric that an interval of ns fills."""
+    return {
+        "ci_low": None if interval.low is None else interval.low / NS,
+        "ci_high": None if interval.high is None else interval.high / NS,
+        "ci_method": interval.method if interval.low is not None else "",
+        "n_eff": interval.n_eff,
+        "reason": interval.reason,
+    }
 
 
 def _latencies(
-    out: dict[str, dict[str, Any]], name: str, values: NDArray[np.int64], definition: str
-) -> None:
-    """Add the percentiles, maximum and mean of one latency; nothing where there is none."""
-    if len(values) == 0:
-        return
-    found = percentiles_ns(values, list(QUANTILES.values()))
-    for label, value in zip(QUANTILES, found, strict=True):
-        out[f"{name}.{label}"] = metric(value / NS, "s", len(values), f"{definition}; {RULE}")
-    out[f"{name}.max"] = metric(int(values.max()) / NS, "s", len(values), f"{definition}; largest")
-    # Python integers: the sum of 1e7 latencies of hours is past what int64 must promise.
-    mean = sum(int(part.sum()) for part in np.array_split(values, 64)) / len(values)
-    out[f"{name}.mean"] = metric(mean / NS, "s", len(values), f"{definition}; arithmetic mean")
+    pool: Pool, times: list[RankTimes], name: str, definition: str
+) -> dict[str, dict[str, Any]]:
+    """Return the percentiles, maximum and mean of one series; nothing where there is none."""
+    sums = [t.series[name] for t in times]
+    n = sum(each[0] for each in sums)
+    if n == 0:
+        return {}
+    most, total = max(each[1] for each in sums), sum(each[2] for each in sums)
+    found = percentile_intervals(pool, name, [each[0] for each in sums], most, QUANTILES)
+    out = {}
+    for label, (value, interval) in found.items():
+        out[f"{name}.{label}"] = metric(value / NS, "s", n, f"{definition}; {RULE}")
+        if name == "latency":
+            out[f"{name}.{label}"]["reason"] = DRAINED
+        else:
+            out[f"{name}.{label}"] |= in_seconds(interval)
+    out[f"{name}.max"] = metric(most / NS, "s", n, f"{definition}; largest")
+    out[f"{name}.mean"] = metric(total / n / NS, "s", n, f"{definition}; arithmetic mean")
+    return out
 
 
-def _accuracy(run: Run) -> dict[str, Any]:
+def accuracy(run: Run) -> dict[str, Any]:
+    """Return the accuracy metric: the ranks' scores, summed, then divided."""
     definition = "right / scored over the model's held-out samples, untimed"
     scores = [s for r in run.present if (s := (r.after or {}).get("score")) is not None]
     if len(scores) < run.world_size:
@@ -268,7 +177,7 @@ def per_rank(run: Run, times: list[RankTimes], span: Makespan) -> list[dict[str,
         idle = None
         if t.finished_ref_ns is not None and span.value_ns is not None:
             idle = (last_ns - t.finished_ref_ns) / NS
-        device_ns = int(_device(record).sum())
+        device_ns = t.series["device"][2]
         rows.append(
             {
                 "rank": t.rank,
@@ -352,14 +261,6 @@ def start_section(run: Run, times: list[RankTimes]) -> dict[str, Any]:
         ],
         "attempts": plans[0]["attempts"] if plans else None,
     }
-
-
-LATE_NS = 100_000
-"""A loop that begins later than this after the agreed instant was not on time.
-
-A rank that spins over the instant is under 1 us late; one that the scheduler held back is late by a
-slice, hundreds of us or more.
-"""
 
 
 def harness(run: Run) -> dict[str, Any]:

@@ -10,20 +10,18 @@ stops on its own clock. The report goes to stdout of rank 0; the result director
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from distbench.clock import Now
-from distbench.command import COMMON_OPTIONS, run_scenario, start_command
-from distbench.prepare import Settings
+from distbench.command import COMMON_OPTIONS, measure_joined, run_scenario, start_command
+from distbench.prepare import Settings, script_settings
 from distbench.samples import SampleLog
-from distbench.sut import FOREVER, Indices, SystemUnderTest, adapted, collect
+from distbench.sut import FOREVER, Indices, SystemUnderTest, collect
 
 if TYPE_CHECKING:
     from distbench.run import Run
+    from distbench.windows import Windows
     from distbench.world import World
 
 
@@ -69,15 +67,17 @@ def run_offline(
     seed: int = 0,
     shares: str = "even",
     timeout_s: float | None = None,
+    samples: str = "",
+    until: float | None = None,
+    rules: str = "none",
     output_dir: str = "results",
     name: str = "",
     quiet: bool = True,
-) -> Run:
+) -> Run | Windows:
     """Measure Offline on all ranks and return the run.
 
     Args:
-        sut: a ``SystemUnderTest``, or a function from an int64 array of sample indices to a
-            sequence of outputs.
+        sut: a ``SystemUnderTest``, or a function from int64 sample indices to as many outputs.
         world: from ``distbench.join``; without it this process joins on its own.
         batch_size: samples a group.
         duration_s: about how long the window should last, s; sets the number of samples.
@@ -85,41 +85,40 @@ def run_offline(
         warmup_s: how long to warm up at least, s.
         seed: of the sample order and of the outputs that are kept for checking.
         shares: "even", or "rate" for shares in proportion to the warm-up rates.
-        timeout_s: how long a rank's count may stand still; by default 10 s plus 20 times the
-            slowest warm-up group.
+        timeout_s: how long a rank's count may stand still, s; None: by the slowest warm-up group.
+        samples: "gather" on rank 0, or "shard", each on its rank's disk; "": by their number.
+        until: repeat whole windows until throughput is known to within this share, such as 0.01.
+        rules: "none", or a round of MLPerf such as "mlperf-v5.0" whose gates are applied.
         output_dir: where the result directory goes.
         name: replaces the scenario in the directory's name.
         quiet: no progress on stderr.
 
     Returns:
-        The run, with the records of all ranks, on every rank; ``run.report()`` is the text.
+        The run, or with ``until`` the windows, on every rank; ``.report()`` is the text.
 
     Raises:
         UsageError: something cannot be used as asked, on any rank; all ranks raise it.
         IncompleteError: the result could not be written.
     """
-    settings = Settings(
+    settings = script_settings(
+        duration_s,
+        warmup_s,
+        timeout_s,
         batch_size=batch_size,
-        duration_ns=round(duration_s * 1e9),
         num_samples=num_samples,
-        warmup_ns=round(warmup_s * 1e9),
         seed=seed,
         shares=shares,
-        timeout_ns=None if timeout_s is None else round(timeout_s * 1e9),
+        samples=samples,
+        until=until,
+        rules=rules,
         output_dir=output_dir,
         name=name,
         quiet=quiet,
-        command=shlex.join(["python", *sys.argv]),
     )
-    with ExitStack() as stack:
-        if world is None:
-            from distbench.world import join  # noqa: PLC0415  only the run itself needs torch
-
-            world = stack.enter_context(join())
-        return measure_offline(adapted(sut), world, settings)
+    return measure_joined(measure_offline, sut, world, settings)
 
 
-def measure_offline(sut: SystemUnderTest, world: World, settings: Settings) -> Run:
+def measure_offline(sut: SystemUnderTest, world: World, settings: Settings) -> Run | Windows:
     """Take one Offline window; all ranks call it. See ``window.measure``."""
     from distbench.window import measure  # noqa: PLC0415  torch, which --help does without
 

@@ -100,12 +100,16 @@ def describe_rank(
         "columns": list(columns),
         "config": settings.config or _plain_config(settings),
         "duration_ns": None if settings.num_samples is not None else settings.duration_ns,
+        "until": settings.until,
+        "rules": settings.rules,
         "command": settings.command,
         "model": {
             "name": settings.model_name or type(sut).__name__,
             "digest": digest_of(sut),
             "total": sut.total,
             "depth": sut.depth,
+            "flops_per_sample": getattr(sut, "flops_per_sample", None),
+            "target_accuracy": getattr(sut, "target_accuracy", None),
         },
         "warmup": {
             "rate_qps": warm.rate_qps,
@@ -171,9 +175,9 @@ def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Find
             Finding(
                 "info",
                 "samples-capped",
-                "the number of samples was cut to what is gathered at once, so the window is "
-                "shorter than --duration asks for",
-                remedy="give a shorter --duration to be rid of this note",
+                "the number of samples was cut to what is gathered or logged at once, so the "
+                "window is shorter than --duration asks for",
+                remedy="give a shorter --duration, or --num-samples",
             )
         )
     if settings.shares == "rate":

@@ -5,6 +5,8 @@ Nothing here is timed for a report; it fixes all that the timed loop must not de
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +15,14 @@ import numpy as np
 
 from distbench.clock import Now
 from distbench.errors import UsageError
+from distbench.rules import parse_rules
 from distbench.samples import SampleLog
 from distbench.sut import Done, Indices, SystemUnderTest
 
 SAMPLE_LIMIT = 10_000_000
-"""Samples of all ranks that are gathered; above it a run would need another way."""
+"""Samples of all ranks that are gathered; above it they stay on their ranks (--samples shard)."""
+PLANNED_LIMIT = 50_000_000
+"""Samples of one rank that a duration may ask for, a log of 3.2 GB; a number may ask for more."""
 KEPT_GROUPS = 256
 """Groups of a rank whose outputs are kept and checked afterwards."""
 HEADROOM = 1.1
@@ -62,6 +67,9 @@ class Settings:
     seed: int = 0
     shares: str = "even"
     timeout_ns: int | None = None
+    samples: str = ""
+    until: float | None = None
+    rules: str = "none"
     output_dir: str = "results"
     name: str = ""
     quiet: bool = False
@@ -74,13 +82,39 @@ class Settings:
             raise UsageError(f"a batch size of {self.batch_size} is below 1")
         if self.duration_ns <= 0 or self.warmup_ns < 0:
             raise UsageError("the duration must be above zero, and the warm-up not negative")
-        if self.num_samples is not None and not 1 <= self.num_samples <= SAMPLE_LIMIT:
+        if self.num_samples is not None and self.num_samples < 1:
+            raise UsageError(f"{self.num_samples} samples are fewer than 1 (--num-samples)")
+        if self.until is not None and not 0 < self.until < 1:
             raise UsageError(
-                f"{self.num_samples} samples are not between 1 and {SAMPLE_LIMIT}, which is as "
-                "many as this version gathers (--num-samples)"
+                f"an interval of +-{self.until:%} is not between 0 and 100 % (--until)"
+            )
+        parse_rules(self.rules)
+        if self.samples not in ("", "gather", "shard"):
+            raise UsageError(f"samples {self.samples!r} are neither gather nor shard (--samples)")
+        if self.samples == "gather" and (self.num_samples or 0) > SAMPLE_LIMIT:
+            raise UsageError(
+                f"{self.num_samples} samples are more than {SAMPLE_LIMIT}, which is as many as are "
+                "gathered: leave --samples gather out, and they stay on their ranks"
             )
         if self.shares not in ("even", "rate"):
             raise UsageError(f"shares {self.shares!r} are neither even nor rate")
+
+
+def script_settings(
+    duration_s: float, warmup_s: float, timeout_s: float | None, **others: Any
+) -> Settings:
+    """Return the settings of a script, which gives times in seconds.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    return Settings(
+        duration_ns=round(duration_s * 1e9),
+        warmup_ns=round(warmup_s * 1e9),
+        timeout_ns=None if timeout_s is None else round(timeout_s * 1e9),
+        command=shlex.join(["python", *sys.argv]),
+        **others,
+    )
 
 
 @dataclass(frozen=True)
@@ -170,7 +204,7 @@ def plan_samples(settings: Settings, rates: Sequence[float]) -> tuple[list[int],
         rates: warm-up rate of each rank, samples/s.
 
     Returns:
-        Samples of each rank, and whether ``SAMPLE_LIMIT`` cut them.
+        Samples of each rank, and whether ``SAMPLE_LIMIT`` or ``PLANNED_LIMIT`` cut them.
 
     Raises:
         UsageError: a rank would have none; all ranks raise it alike.
@@ -192,10 +226,24 @@ def plan_samples(settings: Settings, rates: Sequence[float]) -> tuple[list[int],
     own = list(rates) if uneven else [min(rates)] * size
     # Whole batches: the window then uses one shape.
     planned = [max(1, int(np.ceil(rate * seconds / batch))) * batch for rate in own]
-    if sum(planned) <= SAMPLE_LIMIT:
+    cut = PLANNED_LIMIT / max(planned)
+    if settings.samples == "gather":
+        cut = min(cut, SAMPLE_LIMIT / sum(planned))
+    if cut >= 1:
         return planned, False
-    cut = SAMPLE_LIMIT / sum(planned)
     return [max(1, int(n * cut) // batch) * batch for n in planned], True
+
+
+def stay_on_ranks(settings: Settings, counts: Sequence[int]) -> bool:
+    """Tell whether the samples stay where they are, and only figures are exchanged.
+
+    Args:
+        settings: --samples, or by default by ``SAMPLE_LIMIT``.
+        counts: samples of each rank.
+    """
+    if len(counts) == 1:
+        return False
+    return settings.samples == "shard" or (not settings.samples and sum(counts) > SAMPLE_LIMIT)
 
 
 class _Nothing:

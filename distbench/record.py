@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from distbench import files
 from distbench.errors import UsageError, where
 from distbench.liveness import IDLE
-from distbench.run import load_run, rank_folder, write_done, write_manifest
+from distbench.run import rank_folder, write_done, write_manifest
 from distbench.samples import SampleLog
+from distbench.windows import load_run
 from distbench.wire import End
 
 if TYPE_CHECKING:
@@ -49,80 +50,100 @@ class Folder:
     started_utc: str
 
 
-def open_folder(world: World, output_dir: str, scenario: str, name: str) -> Folder:
-    """Make this rank's folder in a new result directory whose name rank 0 gives; all ranks call it.
+def name_folder(world: World, output_dir: str, scenario: str, name: str) -> Folder:
+    """Return the folders of a new result directory whose name rank 0 gives; all ranks call it.
 
     Args:
         world: all ranks.
         output_dir: where result directories go.
         scenario: part of the name.
         name: replaces the scenario in the name where given.
-
-    Raises:
-        UsageError: a rank cannot write there; nothing is left behind.
     """
     started = datetime.now(timezone.utc)
     label = "".join(c if c.isalnum() or c in "-_." else "-" for c in name or scenario)
     run_id = f"{started:%Y%m%dT%H%M%SZ}-{label}-{secrets.token_hex(4)}"
     run_id, utc = world.gather_json([run_id, started.isoformat(timespec="seconds")])[0]
     path = Path(output_dir).expanduser().absolute() / run_id
-    folder = Folder(run_id, path, rank_folder(path, world.rank), utc)
-    problem = None
+    return Folder(run_id, path, rank_folder(path, world.rank), utc)
+
+
+def window_folder(parent: Folder, number: int, rank: int) -> Folder:
+    """Return the folders of one window of several."""
+    path = parent.path / "windows" / f"{number:03d}"
+    utc = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return Folder(f"{parent.run_id}-w{number:03d}", path, rank_folder(path, rank), utc)
+
+
+def open_folder(world: World, folder: Folder) -> None:
+    """Make this rank's folder; all ranks call it.
+
+    Raises:
+        UsageError: a rank cannot write there; nothing is left behind.
+    """
+    with _or_nothing(world, folder, "output") as problem:
+        try:
+            folder.own.mkdir(parents=True)
+            files.write_bytes(folder.own / "probe", b"x" * 4096)
+            (folder.own / "probe").unlink()
+        except OSError as error:
+            problem.append(
+                UsageError(
+                    f"{where(world.rank, world.host)} cannot write to {folder.path.parent}: "
+                    f"{error.strerror or error}; give another --output-dir"
+                )
+            )
+
+
+@contextmanager
+def _or_nothing(world: World, folder: Folder, place: str) -> Iterator[list[UsageError]]:
+    """Check a step on all ranks; if one has a problem, remove this rank's folder and raise it.
+
+    Yields:
+        A list that takes this rank's problem.
+    """
+    problems: list[UsageError] = []
+    yield problems
     try:
-        folder.own.mkdir(parents=True)
-        files.write_bytes(folder.own / "probe", b"x" * 4096)
-        (folder.own / "probe").unlink()
-    except OSError as error:
-        problem = UsageError(
-            f"{where(world.rank, world.host)} cannot write to {output_dir}: "
-            f"{error.strerror or error}; give another --output-dir"
-        )
-    try:
-        world.check("output", problem)
+        world.check(place, problems[0] if problems else None)
     except UsageError:
         discard(folder)
         raise
-    return folder
 
 
 def discard(folder: Folder) -> None:
-    """Remove this rank's folder, and the result directory once it is empty."""
+    """Remove this rank's folder, and the directories above it that are empty then."""
     shutil.rmtree(folder.own, ignore_errors=True)
-    for path in (folder.own.parent, folder.path):
+    above = [folder.own.parent, folder.path]
+    if folder.path.parent.name == "windows":
+        above += [folder.path.parent, folder.path.parent.parent]
+    for path in above:
         with contextlib.suppress(OSError):
             path.rmdir()
 
 
 def make_log(world: World, folder: Folder, rows: int, columns: Sequence[str]) -> SampleLog:
     """Allocate this rank's log; a disk without room stops all ranks and leaves nothing behind."""
-    problem, log = None, SampleLog.in_memory(0, columns)
-    try:
-        log = SampleLog.create(folder.own / "samples.npy", rows, columns)
-    except UsageError as error:
-        problem = UsageError(f"{where(world.rank, world.host)}: {error}")
-    try:
-        world.check("samples", problem)
-    except UsageError:
-        discard(folder)
-        raise
+    log = SampleLog.in_memory(0, columns)
+    with _or_nothing(world, folder, "samples") as problem:
+        try:
+            log = SampleLog.create(folder.own / "samples.npy", rows, columns)
+        except UsageError as error:
+            problem.append(UsageError(f"{where(world.rank, world.host)}: {error}"))
     return log
 
 
 def write_before(world: World, folder: Folder, before: dict[str, Any]) -> None:
     """Write rank.json; a disk without room stops all ranks, leaving nothing."""
-    problem = None
-    try:
-        files.write_json(folder.own / "rank.json", before)
-    except OSError as error:
-        problem = UsageError(
-            f"{where(world.rank, world.host)} cannot write to {folder.own}: {error.strerror}; "
-            "free space there or give another --output-dir"
-        )
-    try:
-        world.check("rank.json", problem)
-    except UsageError:
-        discard(folder)
-        raise
+    with _or_nothing(world, folder, "rank.json") as problem:
+        try:
+            files.write_json(folder.own / "rank.json", before)
+        except OSError as error:
+            problem.append(
+                UsageError(
+                    f"{where(world.rank, world.host)} cannot write to {folder.own}: "
+                    f"{error.strerror}; free space there or give another --output-dir"
+                )
+            )
 
 
 @contextmanager
@@ -257,6 +278,8 @@ class Recorder:
             if self.world.rank == min(others, default=0):
                 self._await_others(end)
                 report = write_report(self.folder.path)
+                if self.folder.path.parent.name == "windows":
+                    report = write_report(self.folder.path.parent.parent)
                 sys.stdout.write(f"{report}results  {self.folder.path}\n")
         except Exception as error:  # whatever it is, the process ends and says so
             with contextlib.suppress(OSError, ValueError):
@@ -285,7 +308,7 @@ def write_report(path: Path) -> str:
     """Judge a result directory from its rank folders and write result.json, report.txt, manifest.
 
     Args:
-        path: the result directory.
+        path: the result directory, of one window or of several.
 
     Returns:
         The text report.
@@ -294,9 +317,17 @@ def write_report(path: Path) -> str:
         UsageError: no rank folder is readable.
         OSError: the disk is full.
     """
+    return write_result(path, load_run(path).result())
+
+
+def write_result(path: Path, result: dict[str, Any]) -> str:
+    """Write result.json, report.txt and the manifest; returns the text report.
+
+    Raises:
+        OSError: the disk is full.
+    """
     from distbench.report.text import to_text  # noqa: PLC0415
 
-    result = load_run(path).result()
     files.write_json(path / "result.json", result)
     text = to_text(result)
     files.write_bytes(path / "report.txt", text.encode())

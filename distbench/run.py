@@ -79,11 +79,13 @@ class Run:
         world_size: ranks that took part.
         records: one per rank in order; None where a rank left nothing.
         folder: where it is stored; None while it is only in memory.
+        judged: the result, where it was made on all ranks from samples that stay on them.
     """
 
     world_size: int
     records: tuple[RankRecord | None, ...]
     folder: Path | None = None
+    judged: dict[str, Any] | None = None
 
     @property
     def first(self) -> RankRecord:
@@ -128,7 +130,7 @@ class Run:
         """Judge the run: the content of result.json."""
         from distbench.verdict import result  # noqa: PLC0415  verdict builds on Run
 
-        return result(self)
+        return result(self) if self.judged is None else self.judged
 
     def report(self) -> str:
         """Judge the run and return the text report."""
@@ -263,6 +265,6 @@ def write_manifest(folder: Path) -> None:
     lines = [
         f"{files.sha256_file(path)}  {path.relative_to(folder)}\n"
         for path in paths
-        if path.name != "manifest.sha256"
+        if path != folder / "manifest.sha256"
     ]
     files.write_bytes(folder / "manifest.sha256", "".join(lines).encode())

@@ -17,7 +17,9 @@ from pathlib import Path
 from distbench.cli import run_command
 from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
 from distbench.record import write_report
-from distbench.run import load_run, read_record
+from distbench.run import load_run as load_window
+from distbench.run import read_record
+from distbench.windows import load_run
 
 
 def merge(folders: Sequence[Path]) -> Path:
@@ -32,9 +34,23 @@ def merge(folders: Sequence[Path]) -> Path:
     Raises:
         UsageError: a directory is no result directory, or a folder is of another run.
     """
+    windows = {p.name for each in folders for p in (each / "windows").glob("*") if p.is_dir()}
+    for name in sorted(windows):
+        (folders[0] / "windows" / name).mkdir(parents=True, exist_ok=True)
+        path = _merge_window([each / "windows" / name for each in folders])
+        write_report(path)
+    return folders[0] if windows else _merge_window(folders)
+
+
+def _merge_window(folders: Sequence[Path]) -> Path:
     target = folders[0]
-    run_id = load_run(target).first.before["run_id"]
+    holds = target
+    if target.parent.name == "windows":  # made here, if that host did not come so far
+        holds = next((each for each in folders if any(each.glob("ranks/*/rank.json"))), target)
+    run_id = load_window(holds).first.before["run_id"]
     for other in folders[1:]:
+        if not other.exists() and other.parent.name == "windows":
+            continue  # that host did not come so far
         if not (other / "ranks").is_dir():
             raise UsageError(f"{other} is no result directory: it has no folder ranks/")
         for path in sorted((other / "ranks").glob("[0-9]*")):

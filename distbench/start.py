@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from distbench.clock import Now
-from distbench.metrics import LATE_NS
+from distbench.times import LATE_NS
 
 if TYPE_CHECKING:
     from distbench.world import World

@@ -69,8 +69,9 @@ class SystemUnderTest(Protocol):
     """What a scenario needs of a system under test; see CONTRIBUTING.md.
 
     Optional attributes: ``held_out`` (sample indices, int64) and ``score(indices, outputs) ->
-    (numerator, denominator)`` for accuracy, ``digest`` (what the weights are, compared between
-    ranks).
+    (numerator, denominator)`` for accuracy, ``target_accuracy`` that it must reach, ``digest``
+    (what the weights are, compared between ranks), ``flops_per_sample`` (operations the model needs
+    for a sample, held against what a known GPU can do).
 
     Attributes:
         total: sample indices are 0 .. total-1.

@@ -8,24 +8,34 @@ from dataclasses import asdict
 from typing import Any
 
 from distbench import metrics as m
-from distbench.findings import findings, status
-from distbench.metrics import Makespan, RankTimes, harness
+from distbench.checks import facts_found
+from distbench.findings import Finding, status, worst_first
+from distbench.metrics import harness
+from distbench.pool import Pool, facts, in_one_place
+from distbench.ruling import marginal, ruled
 from distbench.run import Run
+from distbench.times import Makespan, RankTimes, makespan, rank_times
+from distbench.trust import measurement_found
 
 
-def result(run: Run) -> dict[str, Any]:
+def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     """Judge a run: everything that stands in result.json, from the records alone.
 
     Args:
         run: of one window.
+        pool: how to reach the samples; without it they are all in the records.
 
     Returns:
         The JSON-able result, keys in the order of the schema.
     """
-    times = [m.rank_times(run, record) for record in run.present]
-    span = m.makespan(run, times)
+    pool = pool or in_one_place(run)
+    found_of = pool.gather(facts)
+    times = [rank_times(run, r, f) for r, f in zip(run.present, found_of, strict=True)]
+    span = makespan(run, times)
     first = run.first.before
-    found = findings(run, times, span)
+    figures = m.metrics(pool, times, span)
+    rules, gates = ruled(first, times, span)
+    found = worst_first([*findings(pool, times, span), *marginal(gates, figures)])
     common, rest = common_and_rest([record.before["environment"] for record in run.present])
     return {
         "schema_version": first["schema_version"],
@@ -34,16 +44,10 @@ def result(run: Run) -> dict[str, Any]:
         "windows": [],
         "verdict": {
             "status": status(found),
-            "rules": {
-                "set": "none",
-                "source": "native",
-                "shortened": False,
-                "result": None,
-                "gates": [],
-            },
+            "rules": rules,
             "findings": [asdict(finding) for finding in found],
         },
-        "metrics": m.metrics(run, times, span),
+        "metrics": figures,
         "per_rank": m.per_rank(run, times, span),
         "clock": m.clock_section(run, times, span),
         "start": m.start_section(run, times),
@@ -58,6 +62,24 @@ def result(run: Run) -> dict[str, Any]:
     }
 
 
+def findings(pool: Pool, times: list[RankTimes], span: Makespan) -> list[Finding]:
+    """Return all findings of a run, worst first."""
+    run = pool.run
+    found = [Finding(**note) for record in run.present for note in record.before["findings"]]
+    found += facts_found(run, times)
+    found += measurement_found(pool, times, span)
+    if span.reason and status(found) == "VALID":
+        found.append(
+            Finding(
+                "invalid",
+                "throughput-unknown",
+                f"throughput is unknown: {span.reason}",
+                remedy="mend what the sentence names, and run again",
+            )
+        )
+    return worst_first(found)
+
+
 def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     """Return the ``window`` section: what was run, where, for how long."""
     first = run.first.before
@@ -67,6 +89,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
         "started_utc": first["started_utc"],
         "command": first["command"],
         "model": first["model"],
+        "until": first.get("until"),
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

@@ -7,6 +7,7 @@ Exit status: 0 good, 1 mismatch, 6 incomplete (a rank or a file is missing). Nee
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ from distbench import files
 from distbench.cli import run_command
 from distbench.errors import EXIT_CRASH, EXIT_INCOMPLETE, EXIT_OK, UsageError
 from distbench.report.text import to_text
-from distbench.run import load_run
+from distbench.run import load_run as load_window
+from distbench.windows import load_run
 
 SHOWN = 40
 
@@ -134,6 +136,9 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     Raises:
         UsageError: it is no result directory.
     """
+    windows = sorted(path for path in (folder / "windows").glob("*") if path.is_dir())
+    if windows:
+        return _verify_windows(folder, windows)
     if not (folder / "ranks").is_dir():
         raise UsageError(f"{folder} is no result directory: it has no folder ranks/")
     wrong, missing = check_hashes(folder)
@@ -147,10 +152,12 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     whole = not any(line.startswith("ranks/") for line in missing)
     incomplete = False
     try:
-        run = load_run(folder)
+        run = load_window(folder)
         computed = run.result()
         incomplete = computed["verdict"]["status"] == "INCOMPLETE"
-        missing += [f"ranks/{rank:05d}: missing" for rank in run.missing]
+        missing += [_absent(folder, rank) for rank in run.missing]
+        # Samples that stayed on their ranks: the figures rest on folders that are elsewhere.
+        whole = whole and not any("; it is on " in line for line in missing)
         missing += [f"ranks/{r.rank:05d}: {r.problem}" for r in run.present if r.problem]
         if whole:
             wrong += check_figures(folder, computed)
@@ -163,6 +170,37 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     if missing or incomplete:
         return EXIT_INCOMPLETE, missing or ["the run is INCOMPLETE, and its figures agree"]
     return EXIT_OK, []
+
+
+def _absent(folder: Path, rank: int) -> str:
+    """Say that a rank's folder is not here, and where it is, as far as result.json tells."""
+    line = f"ranks/{rank:05d}: missing"
+    with contextlib.suppress(UsageError, LookupError, TypeError):
+        for row in files.read_json(folder / "result.json")["per_rank"]:
+            if row["rank"] == rank:
+                return f"{line}; it is on {row['host']}"
+    return line
+
+
+def _verify_windows(folder: Path, windows: Sequence[Path]) -> tuple[int, list[str]]:
+    """Verify several windows and the result above them."""
+    wrong: list[str] = []
+    missing: list[str] = []
+    for path in windows:
+        status, lines = verify(path)
+        where = wrong if status == EXIT_CRASH else missing
+        where += [f"{path.relative_to(folder)}: {line}" for line in lines]
+    above, absent = check_hashes(folder)
+    wrong += above
+    missing += absent
+    missing += [
+        f"{name}: missing" for name in ("result.json", "report.txt") if not (folder / name).exists()
+    ]
+    if not missing and not wrong:
+        wrong += check_figures(folder, load_run(folder).result())
+    if wrong:
+        return EXIT_CRASH, wrong + missing
+    return (EXIT_INCOMPLETE, missing) if missing else (EXIT_OK, [])
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,7 +7,8 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,10 +29,13 @@ from distbench.prepare import (
     plan_samples,
     sample_order,
     share_out,
+    stay_on_ranks,
     warm_up,
 )
 from distbench.samples import check_groups, fail_rest
+from distbench.steady import UNTIL_LEAST
 from distbench.sut import Indices, SystemUnderTest
+from distbench.windows import Windows, until
 from distbench.wire import End
 
 if TYPE_CHECKING:
@@ -48,20 +52,35 @@ def setup_limit_s(settings: Settings) -> float:
     return max(SETUP_S, (settings.timeout_ns or 0) / 1e9)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known before the first window, and holds for all of them."""
+
+    scenario: str
+    loop: Loop
+    sut: SystemUnderTest
+    settings: Settings
+    warm: Warmup
+    cost: dict[str, Any]
+    rates: Sequence[float]
+    counts: Sequence[int]
+    cut: bool
+
+
 def measure(
     scenario: str, loop: Loop, sut: SystemUnderTest, world: World, settings: Settings
-) -> Run:
-    """Take one window from warm-up to the written result; all ranks call it.
+) -> Run | Windows:
+    """Take one window, or with --until several, from warm-up to the written result.
 
     Args:
         scenario: its name, as it stands in the result.
         loop: its timed loop.
         sut: the system under test of this rank.
-        world: all ranks.
+        world: all ranks; all call it.
         settings: alike on all ranks.
 
     Returns:
-        The run, with the records of all ranks, on every rank.
+        The run, with the records of all ranks, on every rank; with --until the windows.
 
     Raises:
         UsageError: something cannot be used as asked, on any rank; all ranks raise it.
@@ -77,26 +96,71 @@ def measure(
     rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
     counts, cut = plan_samples(settings, rates)
     _warm_tail(loop, sut, world, settings, counts[world.rank])
-    folder = record.open_folder(world, settings.output_dir, scenario, settings.name)
+    prepared = _Prepared(scenario, loop, sut, settings, warm, cost, rates, counts, cut)
+    folder = record.name_folder(world, settings.output_dir, scenario, settings.name)
+    if settings.until is None:
+        return _one(prepared, world, folder)
+    runs: list[Run] = []
+    wanted = UNTIL_LEAST
+    while len(runs) < wanted:
+        own = record.window_folder(folder, len(runs), world.rank)
+        runs.append(_one(prepared, world, own, scored=bool(runs)))
+        if len(runs) == wanted:
+            wanted = _more(world, runs)
+    several = Windows(tuple(runs), folder.path if world.rank == 0 else None)
+    finish.write_windows(world, several)
+    return several
+
+
+def _more(world: World, runs: list[Run]) -> int:
+    """Let rank 0 say how many windows there shall be in all; it alone judges, so that all agree."""
+
+    def answer(_: list[bytes]) -> bytes:
+        results = [run.result() for run in runs]
+        rates = [each["metrics"]["throughput"]["value"] for each in results]
+        reached = until(results[0], rates)
+        return str(len(runs) if reached is None else reached.wanted).encode()
+
+    return int(world.side.meet("until", b"", answer))
+
+
+def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool = False) -> Run:
+    """Take one window; ``scored``: an earlier one had the accuracy pass."""
+    sut, settings, warm = prepared.sut, prepared.settings, prepared.warm
+    counts = prepared.counts
+    record.open_folder(world, folder)
     columns = [c for c in ALL_COLUMNS if c not in OPTIONAL or c in warm.columns]
     log = record.make_log(world, folder, counts[world.rank], columns)
     order = sample_order(sut.resident, sum(counts[: world.rank]), counts[world.rank], settings.seed)
     log.index[:] = order
-    before = describe_rank(scenario, world, sut, settings, folder, warm, cost, columns, rates, cut)
+    before = describe_rank(
+        prepared.scenario,
+        world,
+        sut,
+        settings,
+        folder,
+        warm,
+        prepared.cost,
+        columns,
+        prepared.rates,
+        prepared.cut,
+    )
     recorder = record.Recorder(world, folder, log, settings.batch_size)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
     try:
-        kept = window(loop, sut, world, recorder, order, settings)
+        kept = window(prepared.loop, sut, world, recorder, order, settings)
         recorder.after |= describe_after(world)
         raised = bool(recorder.after.get("raised"))
         with record.watched(world, setup_limit_s(settings)) as tell:
-            score, accurate = finish.accuracy_pass(sut, world, settings.batch_size, raised, tell)
+            score, accurate = finish.accuracy_pass(
+                sut, world, settings.batch_size, raised, scored, tell
+            )
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
         recorder.after["score"] = score
-        return finish.finish(world, recorder, before)
+        return finish.finish(world, recorder, before, stay_on_ranks(settings, counts))
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.

@@ -147,6 +147,15 @@ class World:
         parts = _gather(torch.from_numpy(data.copy()), self.control, torch.device("cpu"))
         return [json.loads(part.numpy().tobytes()) for part in parts]
 
+    def reduce(self, values: NDArray[np.int64], how: str) -> NDArray[np.int64]:
+        """Return the elementwise "sum" or "max" of int64 values over all ranks."""
+        if self.control is None:
+            return values
+        reduced = torch.from_numpy(values.copy())
+        operation = dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX
+        dist.all_reduce(reduced, operation, group=self.control)
+        return cast("NDArray[np.int64]", reduced.numpy())
+
     def gather_rows(self, rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """All-gather int64 rows over the data group.
 
@@ -162,13 +171,10 @@ class World:
         if self.data is None:
             return [rows]
         width = rows.shape[1]
-        device = torch.device(self._data_device())
+        device = torch.device(f"cuda:{self.device.index}" if self.backend == "nccl" else "cpu")
         flat = torch.from_numpy(np.ascontiguousarray(rows).reshape(-1))
         parts = _gather(flat, self.data, device)
         return [cast("NDArray[np.int64]", part.numpy()).reshape(-1, width) for part in parts]
-
-    def _data_device(self) -> str:
-        return f"cuda:{self.device.index}" if self.backend == "nccl" else "cpu"
 
 
 def _gather(flat: torch.Tensor, group: Any, device: torch.device) -> list[torch.Tensor]:

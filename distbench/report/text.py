@@ -21,7 +21,9 @@ def to_text(result: dict[str, Any]) -> str:
         result: the content of result.json.
     """
     lines = [_verdict(result), "", _headline(result), ""]
-    lines += [*_throughput(result), "", *_latencies(result), "", *_accuracy(result), ""]
+    lines += [*_throughput(result), ""]
+    lines += [*(_windows(result) if result["windows"] else _latencies(result)), ""]
+    lines += [*_accuracy(result), "", *_gates(result)]
     lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]
     lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
     # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
@@ -34,7 +36,24 @@ def _verdict(result: dict[str, Any]) -> str:
     notes = list(dict.fromkeys(found))
     if len(notes) > 2:
         notes[2:] = [f"and {_count(len(notes) - 2, 'note')} more on devices"]
-    return "; ".join([f"MEASUREMENT {verdict['status']}; MLPerf v5.0 gates: not applied", *notes])
+    rules, word = verdict["rules"], "MLPerf v5.0 gates: not applied"
+    if rules["set"] != "none":
+        name = rules["set"].replace("mlperf-", "MLPerf ")
+        word = f"{name} gates: {rules['result']} ({rules['wording']})"
+    return "; ".join([f"MEASUREMENT {verdict['status']}; {word}", *notes])
+
+
+def _gates(result: dict[str, Any]) -> list[str]:
+    """Return the gates of the rules, a line each; nothing without rules."""
+    lines = []
+    for gate in result["verdict"]["rules"]["gates"]:
+        word = "passed" if gate["passed"] else "FAILED"
+        more = f"; {gate['needed']:,} more are needed" if gate["needed"] else ""
+        value, limit = f"{gate['value']:,.10g}", f"{gate['limit']:,.10g}"
+        lines.append(
+            f"gate             {gate['name']}: {value} {gate['unit']}, limit {limit}: {word}{more}"
+        )
+    return [*lines, ""] if lines else []
 
 
 def _headline(result: dict[str, Any]) -> str:
@@ -55,10 +74,51 @@ def _throughput(result: dict[str, Any]) -> list[str]:
         return [f"throughput       unknown: {found['reason']}"]
     bound = window["makespan_bound_s"] / window["makespan_s"]
     clocks = f"+-{bound:.2g} of it by the clocks" if bound else "on one clock"
+    known = found["reason"]
+    if found["ci_low"] is not None:
+        half = (found["ci_high"] - found["ci_low"]) / 2 / found["value"]
+        known = (
+            f"95 % interval {_sig(found['ci_low'], 5)} to {_sig(found['ci_high'], 5)}, "
+            f"+-{half:.2%}, by {found['ci_method']}"
+        )
     return [
-        f"throughput       {_sig(found['value'], 5)} samples/s  ({clocks}; {found['reason']})",
+        f"throughput       {_sig(found['value'], 5)} samples/s  ({clocks}; {known})",
+        *_steady(result),
         f"makespan         {window['makespan_s']:.6f} s  +-{_time(window['makespan_bound_s'])}",
     ]
+
+
+def _steady(result: dict[str, Any]) -> list[str]:
+    found = result["metrics"].get("throughput.steady")
+    if found is None:
+        return []
+    if found["value"] is None:
+        return [f"  steady         {found['reason']}"]
+    known = found["reason"]
+    if found["ci_low"] is not None:
+        half = (found["ci_high"] - found["ci_low"]) / 2 / found["value"]
+        known = (
+            f"95 % {_sig(found['ci_low'], 5)} to {_sig(found['ci_high'], 5)}, +-{half:.2%}, "
+            f"within this window; effective n {found['n_eff']:.0f}"
+        )
+    return [f"  steady         {_sig(found['value'], 5)} samples/s  ({known})"]
+
+
+def _windows(result: dict[str, Any]) -> list[str]:
+    """Return the table of the windows, the first ones and the slowest of the others."""
+    rows = [["window", "samples/s", "samples", "makespan", "status"]]
+    shown = result["windows"]
+    left_out = len(shown) - FIRST_RANKS - WORST_RANKS
+    if left_out > 0:
+        slowest = sorted(shown[FIRST_RANKS:], key=lambda each: each["throughput"] or 0.0)
+        slowest = sorted(slowest[:WORST_RANKS], key=lambda each: str(each["path"]))
+        shown = shown[:FIRST_RANKS] + slowest
+    for each in shown:
+        rate = "?" if each["throughput"] is None else _sig(each["throughput"], 5)
+        took = _time(each["makespan_s"])
+        rows.append([each["path"], rate, f"{each['samples']:,}", took, each["status"]])
+    note = f"{_count(left_out, 'window')} left out: these are the first and the slowest"
+    return [*_table(rows), *[note] * (left_out > 0), "latencies stand in each window's own report"]
 
 
 def _latencies(result: dict[str, Any]) -> list[str]:
@@ -70,18 +130,41 @@ def _latencies(result: dict[str, Any]) -> list[str]:
     }
     known = result["metrics"]
     rows = [["latency", "n", *LATENCIES]]
+    refused: dict[str, list[str]] = {}
     for name, title in names.items():
-        if f"{name}.p50" in known:
-            n = known[f"{name}.p50"]["n"]
-            values = [_time(known[f"{name}.{label}"]["value"]) for label in LATENCIES]
-            rows.append([title, f"{n:,}", *values])
+        if f"{name}.p50" not in known:
+            continue
+        found = [known[f"{name}.{label}"] for label in LATENCIES]
+        rows.append([title, f"{found[0]['n']:,}", *(_time(each["value"]) for each in found)])
+        if any(each["ci_low"] is not None for each in found):
+            for end, field in (("from", "ci_low"), ("to", "ci_high")):
+                rows.append([f"  95 % {end}", "", *(_end(each[field]) for each in found)])
+        if any(each["n_eff"] is not None for each in found):
+            rows.append(["  effective n", "", *(_count_or_dash(each["n_eff"]) for each in found)])
+        for label, each in zip(LATENCIES, found, strict=True):
+            if each["reason"].startswith("not resolvable"):
+                refused.setdefault(f"{label}: {each['reason']}", []).append(title)
+                break  # a higher percentile needs more still
     if len(rows) == 1:
         return ["latency          unknown: nothing completed"]
     return [
         *_table(rows),
+        *(
+            line
+            for reason, titles in refused.items()
+            for line in _wrapped(f"{', '.join(titles)} {reason}")
+        ),
         "percentiles by LoadGen's rule, sorted[int(n * p)]; batch latency is "
         "completion - issue, with up to the engine's depth of groups in flight",
     ]
+
+
+def _end(seconds: float | None) -> str:
+    return "-" if seconds is None else _time(seconds)
+
+
+def _count_or_dash(n: float | None) -> str:
+    return "-" if n is None else f"{n:,.0f}"
 
 
 def _accuracy(result: dict[str, Any]) -> list[str]:

@@ -93,7 +93,9 @@ def test_the_users_own_factory_in_the_current_folder(tmp_path: Path) -> None:
         (["--device", "cuda"], ["cuda"]),
         (["--backend", "nccl", "--device", "cpu"], ["--backend nccl needs a GPU"]),
         (["--output-dir", "/proc/nowhere"], ["/proc/nowhere", "--output-dir"]),
-        (["--num-samples", "20000000"], ["20000000", "10000000"]),
+        (["--num-samples", "20000000", "--samples", "gather"], ["20000000", "10000000"]),
+        (["--until", "1"], ["--until", "'1'", "1%"]),
+        (["--rules", "mlperf-5.0"], ["mlperf-5.0", "did you mean mlperf-v5.0?"]),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distbench.clock import SkewedClock, now_ns
-from distbench.metrics import LATE_NS
+from distbench.times import LATE_NS
 from tests.support import run_ranks
 
 pytestmark = pytest.mark.timeout(90)

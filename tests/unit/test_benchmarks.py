@@ -159,6 +159,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         (("overhead.py", "--rounds", "3"), "divided by one clock read"),
         ((*TORCHRUN, "start_skew.py", "--rounds", "3"), "flagged 10 of 10"),
         ((*TORCHRUN, "gather.py", "--samples", "1000", "--rounds", "2"), "1,000 rows, 1 column"),
+        ((*TORCHRUN, "selection.py", "--samples", "1000", "--rounds", "2"), "2 x 1,000 samples"),
+        (("selection.py", "--simulate", "50"), "every value exact"),
         ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",

@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[2]
 
 LAYER_0 = "errors files samples clock quantiles network wire pings liveness cli run metrics verdict"
 ABOVE = "report.text verify salvage sut prepare finish record start"
-TORCH_FREE = [*LAYER_0.split(), *ABOVE.split()]
+BETWEEN_RUNS = "conditions launches compare baseline report.tables report.__main__"
+TORCH_FREE = [*LAYER_0.split(), *ABOVE.split(), *BETWEEN_RUNS.split()]
 
 # A torch that cannot be imported, installed or not; what asks for it fails by name.
 WITHOUT_TORCH = """
@@ -53,7 +54,9 @@ def test_import_distbench_loads_neither_numpy_nor_torch():
     assert done.stdout.startswith("set() <module 'distbench'"), done
 
 
-@pytest.mark.parametrize("command", ["verify", "salvage", "offline"])
+@pytest.mark.parametrize(
+    "command", ["verify", "salvage", "offline", "compare", "baseline", "report"]
+)
 def test_help_needs_no_torch(command):
     code = (
         f"{WITHOUT_TORCH}\nimport runpy\nsys.argv[1:] = ['--help']\n"

@@ -17,8 +17,9 @@ import distbench
 PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
-    "errors files samples clock arrivals loadgen_rng quantiles stats rules run metrics findings "
-    "verdict report compare wire pings liveness network driver cli",
+    "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates histogram "
+    "quantiles stats steady run windows times pool intervals metrics findings checks trust ruling "
+    "verdict report compare conditions launches wire pings liveness network driver cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines parallel telemetry prepare record "
     "preamble finish probe nvml window command",
@@ -187,7 +188,7 @@ def test_what_is_harmless_passes() -> None:
 
 def test_the_public_names() -> None:
     assert sorted(distbench.__all__) == [
-        "Done", "Run", "SystemUnderTest", "World", "join", "load_run", "run_offline",
+        "Done", "Run", "SystemUnderTest", "Windows", "World", "join", "load_run", "run_offline",
     ]  # fmt: skip
 
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from distbench import files
 from distbench import metrics as m
+from distbench.pool import facts
 from distbench.run import Run
+from distbench.times import Makespan, RankTimes, makespan, rank_times
 
 from .synthetic import GPU, OFFSET_NS, START_NS, in_memory, leaves
 
@@ -27,9 +29,9 @@ def figures(run: Run) -> dict[str, Any]:
     return run.result()["metrics"]
 
 
-def spans(run: Run) -> tuple[list[m.RankTimes], m.Makespan]:
-    times = [m.rank_times(run, record) for record in run.present]
-    return times, m.makespan(run, times)
+def spans(run: Run) -> tuple[list[RankTimes], Makespan]:
+    times = [rank_times(run, record, facts(record)) for record in run.present]
+    return times, makespan(run, times)
 
 
 # Throughput and makespan
@@ -507,7 +509,7 @@ def test_the_names_of_the_metrics() -> None:
         for label in labels
     ]
     assert list(figures(in_memory(device_ns=5))) == [
-        "throughput", *latencies, "accuracy", "memory.peak",
+        "throughput", "throughput.steady", *latencies, "accuracy", "memory.peak",
     ]  # fmt: skip
 
 

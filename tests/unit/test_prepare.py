@@ -1,5 +1,7 @@
 """What is fixed before a window: counts, order, kept groups; warm-up, and the loop's own cost."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,6 +15,7 @@ from distbench.prepare import (
     HARNESS_BATCHES,
     HARNESS_BLOCKS,
     KEPT_GROUPS,
+    PLANNED_LIMIT,
     SAMPLE_LIMIT,
     Settings,
     choose_kept,
@@ -21,6 +24,7 @@ from distbench.prepare import (
     plan_samples,
     sample_order,
     share_out,
+    stay_on_ranks,
     warm_up,
 )
 from distbench.sut import Done
@@ -91,18 +95,22 @@ def test_a_slow_model_still_gets_one_batch():
     st.integers(1, 4096),
     st.integers(1, 3600 * S),
     st.sampled_from(["even", "rate"]),
+    st.sampled_from(["", "gather", "shard"]),
 )
-def test_no_plan_is_more_than_can_be_gathered(rates, batch, duration_ns, shares):
-    settings = Settings(batch_size=batch, duration_ns=duration_ns, shares=shares)
+def test_no_plan_is_more_than_can_be_logged_or_gathered(rates, batch, duration_ns, shares, kept):
+    settings = Settings(batch_size=batch, duration_ns=duration_ns, shares=shares, samples=kept)
     counts, cut = plan_samples(settings, rates)
     assert len(counts) == len(rates)
     assert all(count >= batch and count % batch == 0 for count in counts)
     # One batch a rank is the least there is, whatever it adds up to.
-    assert sum(counts) <= SAMPLE_LIMIT + batch * len(rates)
+    assert max(counts) <= PLANNED_LIMIT + batch
+    if kept == "gather":
+        assert sum(counts) <= SAMPLE_LIMIT + batch * len(rates)
     own = rates if shares == "rate" else [min(rates)] * len(rates)
     wanted = [rate * duration_ns / 1e9 * 1.1 for rate in own]
     if cut:
-        assert sum(wanted) > SAMPLE_LIMIT - batch * len(rates)
+        over = sum(wanted) > SAMPLE_LIMIT - batch * len(rates)
+        assert max(wanted) > PLANNED_LIMIT - batch or (kept == "gather" and over)
     else:
         for count, want in zip(counts, wanted, strict=True):
             assert want * (1 - 1e-9) <= count < max(want, 1) * (1 + 1e-9) + batch
@@ -110,9 +118,24 @@ def test_no_plan_is_more_than_can_be_gathered(rates, batch, duration_ns, shares)
 
 def test_a_plan_that_was_cut_says_so():
     settings = Settings(batch_size=32, duration_ns=100 * S)
-    counts, cut = plan_samples(settings, [1e6, 1e6])
-    assert cut
-    assert counts == [SAMPLE_LIMIT // 2 // 32 * 32] * 2
+    assert plan_samples(settings, [1e6, 1e6]) == ([PLANNED_LIMIT // 32 * 32] * 2, True)
+    gathered = replace(settings, samples="gather")
+    assert plan_samples(gathered, [1e6, 1e6]) == ([SAMPLE_LIMIT // 2 // 32 * 32] * 2, True)
+
+
+@pytest.mark.parametrize(
+    ("kept", "counts", "stay"),
+    [
+        ("", [SAMPLE_LIMIT // 2] * 2, False),
+        ("", [SAMPLE_LIMIT // 2, SAMPLE_LIMIT // 2 + 1], True),
+        ("", [2 * SAMPLE_LIMIT], False),  # one rank has them all
+        ("shard", [1, 1], True),
+        ("shard", [1], False),
+        ("gather", [SAMPLE_LIMIT, 1], False),
+    ],
+)
+def test_samples_stay_where_they_are_when_they_are_many(kept, counts, stay):
+    assert stay_on_ranks(Settings(samples=kept), counts) is stay
 
 
 # Order
@@ -325,8 +348,11 @@ def test_the_loop_over_nothing_ends_every_row():
         ({"batch_size": 0}, "a batch size of 0 is below 1"),
         ({"duration_ns": 0}, "the duration must be above zero"),
         ({"warmup_ns": -1}, "the warm-up not negative"),
-        ({"num_samples": 0}, "0 samples are not between 1 and 10000000"),
-        ({"num_samples": SAMPLE_LIMIT + 1}, "10000001 samples are not between 1 and 10000000"),
+        ({"num_samples": 0}, "0 samples are fewer than 1"),
+        ({"num_samples": 10_000_001, "samples": "gather"}, "10000001 samples are more than 10000"),
+        ({"samples": "all"}, "samples 'all' are neither gather nor shard"),
+        ({"until": 0.0}, "not between 0 and 100 %"),
+        ({"rules": "mlperf-v4"}, "mlperf-v4"),
         ({"shares": "fair"}, "shares 'fair' are neither even nor rate"),
     ],
 )
@@ -339,7 +365,8 @@ def test_settings_out_of_range_are_sentences(values, sentence):
 def test_settings_at_their_limits_are_taken():
     low = Settings(batch_size=1, duration_ns=1, warmup_ns=0, num_samples=1, shares="rate")
     assert (low.batch_size, low.duration_ns, low.warmup_ns, low.num_samples) == (1, 1, 0, 1)
-    assert Settings(num_samples=SAMPLE_LIMIT).num_samples == SAMPLE_LIMIT
+    most = Settings(num_samples=SAMPLE_LIMIT, samples="gather")
+    assert most.num_samples == SAMPLE_LIMIT
 
 
 def test_settings_stand_for_the_documented_defaults():

@@ -24,6 +24,7 @@ seed 0  shares even
 
 throughput       72.727 samples/s  (+-4.4e-06 of it by the clocks; one window gives no interval: \
 repeat windows or launches)
+  steady         not resolvable: run longer, 120 groups a rank while all are busy
 makespan         1.100000 s  +-4.80 us
 
 latency      n      p50      p90      p95      p97      p99    p99.9      max     mean
@@ -31,6 +32,7 @@ completion  80   600 ms   1.00 s   1.10 s   1.10 s   1.10 s   1.10 s   1.10 s   
 batch       20   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   105 ms
 service     20   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   105 ms
 device      20  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms
+batch, service, device p50: not resolvable: run longer, 64 values on each rank at the least
 percentiles by LoadGen's rule, sorted[int(n * p)]; batch latency is completion - issue, with up to \
 the engine's depth of groups in flight
 

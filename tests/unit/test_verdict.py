@@ -51,7 +51,8 @@ def test_a_clean_run_is_valid(tmp_path: Path) -> None:
 
 def test_no_rules_are_claimed(tmp_path: Path) -> None:
     assert in_memory().result()["verdict"]["rules"] == {
-        "set": "none", "source": "native", "shortened": False, "result": None, "gates": [],
+        "set": "none", "source": "native", "wording": None, "shortened": False, "result": None,
+        "gates": [],
     }  # fmt: skip
 
 
@@ -472,7 +473,7 @@ def test_samples_capped(tmp_path: Path) -> None:
     state, finding = planned(tmp_path, [1.0], True)
     assert state == "VALID"
     assert about(finding) == ("info", "samples-capped", None, "")
-    assert "cut to what is gathered at once" in finding.message
+    assert "cut to what is gathered or logged at once" in finding.message
     assert "shorter --duration" in finding.remedy
 
 
@@ -511,16 +512,14 @@ def codes_in(path: Path) -> set[str]:
 
 
 def test_every_code_is_known_here() -> None:
-    assert codes_in(ROOT / "findings.py") == {
-        "clock-bound",
-        "clock-contradiction",
+    assert codes_in(ROOT / "checks.py") == {
+        "above-roofline",
+        "accuracy-low",
         "device-note",
         "disk-error",
+        "environments-differ",
         "foreign-process",
         "foreign-unknown",
-        "harness-cost",
-        "interference",
-        "launch-bound",
         "outputs-differ",
         "outputs-non-finite",
         "rank-failed",
@@ -530,11 +529,23 @@ def test_every_code_is_known_here() -> None:
         "rank-terminated",
         "samples-failed",
         "samples-missing",
-        "start-late",
         "throttled",
-        "throughput-unknown",
+    }
+    assert codes_in(ROOT / "trust.py") == {
+        "clock-bound",
+        "clock-contradiction",
+        "harness-cost",
+        "interference",
+        "issue-late",
+        "launch-bound",
+        "start-late",
+        "trend",
+        "window-brief",
         "window-short",
     }
+    assert codes_in(ROOT / "verdict.py") == {"throughput-unknown"}
+    assert codes_in(ROOT / "ruling.py") == {"rules-marginal"}
+    assert codes_in(ROOT / "windows.py") == {"until-not-reached"}
     assert codes_in(ROOT / "preamble.py") == {"samples-capped", "shares-by-rate"}
 
 

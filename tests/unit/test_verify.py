@@ -301,7 +301,7 @@ def test_a_missing_rank_folder_is_incomplete_not_wrong(folder: Path) -> None:
     assert status == 6
     for name in ("rank.json", "after.json", "samples.npy", "done.json"):
         assert f"ranks/00001/{name}: missing" in lines
-    assert "ranks/00001: missing" in lines
+    assert "ranks/00001: missing; it is on node-1" in lines
 
 
 def test_all_rank_folders_are_missing(folder: Path) -> None:

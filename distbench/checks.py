@@ -1,0 +1,280 @@
+"""Run -> findings of fact: who or what is missing, failed, wrong, or not as it was thought."""
+
+from __future__ import annotations
+
+from distbench import metrics as m
+from distbench.findings import Finding
+from distbench.run import RankRecord, Run
+from distbench.times import RankTimes
+
+ALIKE = (
+    *("os", "kernel", "cpu_model", "cpu_threads", "cpu_governor", "numa_nodes"),
+    *("cgroup_cpu_max", "git_commit", "torch_num_threads", "cudnn_version", "nccl_version"),
+    *("float32_matmul_precision", "cuda_matmul_fp32_precision", "cudnn_conv_fp32_precision"),
+)
+GPU_ALIKE = (
+    *("name", "driver_version", "vbios_version", "power_limit_w", "max_sm_clock_hz"),
+    *("ecc_mode", "mig_mode", "compute_mode"),
+)
+"""What makes one rank's host another kind of host than the next one's: the slower kind sets the
+makespan, so a figure of both describes neither."""
+PEAK_OPS = {
+    "A30": 330e12,
+    "A100": 624e12,
+    "A10": 250e12,
+    "H100": 1979e12,
+    "H200": 1979e12,
+    "L4": 242e12,
+    "L40S": 733e12,
+    "T4": 130e12,
+}
+"""Dense operations/s of a GPU in its fastest precision (INT8 or FP8), by the word in its name: what
+no model can pass whatever its precision. Source: NVIDIA's datasheet of each, without sparsity."""
+OUTPUTS_DIFFER = 0.01
+"""Share of kept outputs that may differ from the accuracy pass: a batch of another size sums in
+another order, which can turn a tie between two classes; a wrong buffer turns most of them."""
+
+
+def facts_found(run: Run, times: list[RankTimes]) -> list[Finding]:
+    """Return all findings of fact of a run, in order of rank."""
+    found = _losses(run)
+    for record, t in zip(run.present, times, strict=True):
+        found += _outputs(record, t)
+        found += _device(record)
+        found += _roofline(record, t)
+    return found + _environments(run) + _accuracy(run)
+
+
+def _losses(run: Run) -> list[Finding]:
+    found = []
+    ends = [end for record in run.present if (end := (record.after or {}).get("end"))]
+    named = {end["rank"] for end in ends}
+    for rank in run.missing:
+        found.append(
+            Finding(
+                "incomplete",
+                "rank-missing",
+                f"nothing of rank {rank} of {run.world_size} is here",
+                rank=rank,
+                remedy="copy its rank folder from its host beside the others, then run "
+                "`python -m distbench.salvage`",
+            )
+        )
+    for record in run.present:
+        after = record.after or {}
+        end = after.get("end")
+        if after.get("disk_error"):
+            found.append(
+                Finding(
+                    "incomplete",
+                    "disk-error",
+                    f"rank {record.rank} ({record.host}) could not write all its files: "
+                    f"{after['disk_error']}",
+                    record.rank,
+                    record.host,
+                    remedy="free space on that host's disk; what was gathered is here",
+                )
+            )
+        if end:
+            found.append(
+                Finding(
+                    "incomplete", f"rank-{end['code']}", end["sentence"], end["rank"], end["host"]
+                )
+            )
+        elif record.problem and record.rank not in named:
+            found.append(
+                Finding(
+                    "incomplete",
+                    "rank-incomplete",
+                    f"rank {record.rank} ({record.host}) left an incomplete folder: "
+                    f"{record.problem}",
+                    record.rank,
+                    record.host,
+                    remedy="copy the whole folder from its host; if it is whole there, the rank "
+                    "was killed in its window",
+                )
+            )
+    return found
+
+
+def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
+    who = f"rank {t.rank} ({record.host})"
+    after = record.after or {}
+    found = []
+    if t.failed:
+        errors = after.get("errors") or ["no message was kept"]
+        found.append(
+            _fact(
+                record,
+                "samples-failed",
+                f"{who} failed on {t.failed} samples: {errors[0]}",
+                t.failed,
+                "mend the model; its log has the rest",
+            )
+        )
+    if t.pending and t.whole and not after.get("end") and after:
+        found.append(
+            _fact(
+                record,
+                "samples-missing",
+                f"{who} never completed {t.pending} samples",
+                t.pending,
+                "the engine must return every group that it was issued",
+            )
+        )
+    kept = after.get("outputs")
+    if kept and kept["non_finite"]:
+        found.append(
+            _fact(
+                record,
+                "outputs-non-finite",
+                f"{who} gave NaN or infinite outputs in {kept['non_finite']} of "
+                f"{kept['groups']} kept groups",
+                kept["non_finite"],
+                "check the weights, and the precision they are computed in",
+            )
+        )
+    if kept and kept["compared"]:
+        share = kept["different"] / kept["compared"]
+        if share > OUTPUTS_DIFFER:
+            found.append(
+                Finding(
+                    "invalid",
+                    "outputs-differ",
+                    f"{who}: {kept['different']} of {kept['compared']} outputs kept from the "
+                    "window differ from the accuracy pass",
+                    t.rank,
+                    record.host,
+                    share,
+                    OUTPUTS_DIFFER,
+                    "the engine mixes up groups or reuses a buffer too early",
+                )
+            )
+    return found
+
+
+def _fact(record: RankRecord, code: str, message: str, value: float, remedy: str) -> Finding:
+    return Finding("invalid", code, message, record.rank, record.host, value, 0, remedy)
+
+
+def _device(record: RankRecord) -> list[Finding]:
+    who = f"rank {record.rank} ({record.host})"
+    found = []
+    if record.before["device"]["note"]:
+        found.append(
+            Finding(
+                "info", "device-note", record.before["device"]["note"], record.rank, record.host
+            )
+        )
+    foreign = record.before.get("foreign_before", []) + (record.after or {}).get(
+        "foreign_after", []
+    )
+    if foreign:
+        pids = ", ".join(str(pid) for pid in sorted(set(foreign)))
+        found.append(
+            _fact(
+                record,
+                "foreign-process",
+                f"{who}: process {pids} also used the GPU",
+                len(set(foreign)),
+                "end it, or wait for it, and run again",
+            )
+        )
+    after = (record.after or {}).get("gpu_after") or {}
+    for when, state in (("before", record.before.get("gpu_before")), ("after", after)):
+        if state and state.get("compute_processes") is None:
+            reasons = state.get("reasons", {})
+            why = state.get("reason") or reasons.get("compute_processes", "NVML does not tell")
+            found.append(
+                Finding(
+                    "doubtful",
+                    "foreign-unknown",
+                    f"{who}: who else used the GPU {when} the window is not known: {why}",
+                    record.rank,
+                    record.host,
+                    remedy="make NVML usable there (driver, nvidia-ml-py), or see to it by hand "
+                    "that nothing else runs on the GPU",
+                )
+            )
+    idle = {"gpu_idle", "none", "applications_clocks_setting"}
+    reasons = [r for r in after.get("throttle_reasons") or [] if r not in idle]
+    if reasons:
+        found.append(
+            Finding(
+                "doubtful",
+                "throttled",
+                f"{who}: the GPU held its clock back at the end: {', '.join(reasons)}",
+                record.rank,
+                record.host,
+                remedy="check power limit, cooling and "
+                "application clocks (nvidia-smi -q -d PERFORMANCE)",
+            )
+        )
+    return found
+
+
+def _roofline(record: RankRecord, t: RankTimes) -> list[Finding]:
+    """Return the finding that a GPU computed more than it physically can."""
+    per_sample = record.before["model"].get("flops_per_sample")
+    words = record.before["device"]["name"].replace("-", " ").split()
+    peak = next((PEAK_OPS[word] for word in words if word in PEAK_OPS), None)
+    if not per_sample or not peak or t.finished_ns is None or t.scheduled_ns is None:
+        return []
+    reached = t.ok * per_sample * 1e9 / max(t.finished_ns - t.scheduled_ns, 1)
+    if reached <= peak:
+        return []
+    return [
+        Finding(
+            "invalid",
+            "above-roofline",
+            f"rank {t.rank} ({record.host}) would have computed {reached:.3g} operations/s, and "
+            f"its {record.before['device']['name']} has at most {peak:.3g}: the work was not done",
+            t.rank,
+            record.host,
+            reached,
+            peak,
+            "see whether outputs are cached or the model is skipped, and whether the model's "
+            "flops_per_sample is right",
+        )
+    ]
+
+
+def _environments(run: Run) -> list[Finding]:
+    """Return the findings that the ranks' hosts are not of one kind, one for each difference."""
+    seen: dict[str, dict[str, list[str]]] = {}
+    for record in run.present:
+        described = record.before["environment"]
+        gpu = described.get("gpu") or {}
+        values = {name: described[name] for name in ALIKE if name in described}
+        values |= {f"gpu.{name}": gpu[name] for name in GPU_ALIKE if name in gpu}
+        for name, value in values.items():
+            seen.setdefault(name, {}).setdefault(str(value), []).append(str(record.rank))
+    return [
+        Finding(
+            "doubtful",
+            "environments-differ",
+            f"the ranks' hosts differ in {name}: "
+            + "; ".join(f"{v} on rank {', '.join(r[:4])}" for v, r in list(by_value.items())[:4]),
+            remedy="make the hosts alike, or measure each alone: figures of both describe neither",
+        )
+        for name, by_value in seen.items()
+        if len(by_value) > 1
+    ]
+
+
+def _accuracy(run: Run) -> list[Finding]:
+    """Return the finding that the model's answers are worse than it must give."""
+    target = run.first.before["model"].get("target_accuracy")
+    found = m.accuracy(run)
+    if target is None or found["value"] is None or found["value"] >= target:
+        return []
+    return [
+        Finding(
+            "invalid",
+            "accuracy-low",
+            f"accuracy is {found['value']:.4f} where this model must reach {target:.4f}",
+            value=found["value"],
+            limit=target,
+            remedy="check the weights and the precision: speed at wrong answers is no speed",
+        )
+    ]
