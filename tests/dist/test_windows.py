@@ -48,14 +48,22 @@ def test_windows_are_repeated_until_the_interval_is_narrow(tmp_path: Path) -> No
     assert len({run.first.before["run_id"] for run in load_run(folder).runs}) == len(instants)
 
 
-def test_an_interval_that_stays_wide_is_undecided(tmp_path: Path, monkeypatch: Any) -> None:
+def test_an_interval_that_stays_wide_is_undecided(tmp_path: Path) -> None:
     told = run_ranks(_wide, 1, str(tmp_path))
     result = told[0]["result"]
-    assert "until-not-reached" in [f["code"] for f in result["verdict"]["findings"]]
+    assert len(result["windows"]) == 8
+    (finding,) = [f for f in result["verdict"]["findings"] if f["code"] == "until-not-reached"]
+    assert finding["level"] == "undecided"
+    assert "after 8 windows" in finding["message"] and "longer --duration" in finding["remedy"]
     assert result["verdict"]["status"] in ("UNDECIDED", "INVALID")
 
 
 def _wide(out: str) -> dict[str, Any]:
+    from functools import partial
+
+    from distbench import windows
+
+    windows.until_decision = partial(windows.until_decision, most=8)
     return _until(out, 1e-9)
 
 
