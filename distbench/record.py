@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from distbench.world import World
 
 OTHERS_S = 2.0
-"""How long the reporting rank waits for the other survivors' files at an early end."""
+"""How long the reporting rank waits for the other ranks' files at an early end."""
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Recorder:
             gone = end.rank if end.code == "lost" else -1
             others = [r for r in range(self.world.world_size) if r != gone]
             if self.world.rank == min(others, default=0):
-                self._await_others(end)
+                self._await_others()
                 report = write_report(self.folder.path)
                 if self.folder.path.parent.name == "windows":
                     report = write_report(self.folder.path.parent.parent)
@@ -289,14 +289,13 @@ class Recorder:
                 )
         self._tell(end)
 
-    def _await_others(self, end: End) -> None:
+    def _await_others(self) -> None:
+        # Also for a rank that was lost: one that only stands still saves what it has, and ends.
         deadline = time.monotonic() + OTHERS_S
         others = [
             path
             for path in self.folder.own.parent.iterdir()
-            if path.name.isdigit()
-            and int(path.name) != self.world.rank
-            and (end.code != "lost" or int(path.name) != end.rank)
+            if path.name.isdigit() and int(path.name) != self.world.rank
         ]
         while time.monotonic() < deadline:
             if all((path / "done.json").exists() for path in others):
