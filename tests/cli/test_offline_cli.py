@@ -158,6 +158,10 @@ def test_strict_gives_3_for_a_run_that_is_not_valid(tmp_path: Path) -> None:
     assert "harness-cost" in done.stdout
 
 
+def _heed_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def _job(n: int, folder: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
     """Start the command on ``n`` ranks by torchrun, or without it for 0; ends with the test."""
@@ -168,6 +172,8 @@ def _job(n: int, folder: Path, *argv: str) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment(),
+        # A shell starts what runs in its background with SIGINT ignored, and children inherit that.
+        preexec_fn=_heed_sigint,
     ) as job:
         try:
             yield job
