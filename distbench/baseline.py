@@ -25,7 +25,6 @@ from typing import Any
 from distbench import files
 from distbench.cli import Option, nearest, parse, percent, run_command
 from distbench.compare import (
-    EXIT_REGRESSION,
     Comparison,
     as_percent,
     check_launches,
@@ -36,7 +35,7 @@ from distbench.compare import (
     to_text,
 )
 from distbench.conditions import Difference, check_side, conditions, differences, listed
-from distbench.errors import EXIT_OK, UsageError
+from distbench.errors import EXIT_OK, EXIT_REGRESSION, UsageError
 from distbench.launches import (
     BETTER,
     LEAST,

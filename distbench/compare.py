@@ -32,11 +32,9 @@ from distbench.conditions import (
     known_names,
     listed,
 )
-from distbench.errors import EXIT_OK, UsageError
+from distbench.errors import EXIT_OK, EXIT_REGRESSION, UsageError
 from distbench.launches import BETTER, LEAST, MOST_LAUNCHES, launches_needed, variance, welch
 from distbench.windows import load_run
-
-EXIT_REGRESSION = 5
 
 
 @dataclass(frozen=True)

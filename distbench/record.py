@@ -277,10 +277,12 @@ class Recorder:
             others = [r for r in range(self.world.world_size) if r != gone]
             if self.world.rank == min(others, default=0):
                 self._await_others()
-                report = write_report(self.folder.path)
-                if self.folder.path.parent.name == "windows":
-                    report = write_report(self.folder.path.parent.parent)
-                sys.stdout.write(f"{report}results  {self.folder.path}\n")
+                path = self.folder.path
+                report = write_report(path)
+                if path.parent.name == "windows":
+                    path = path.parent.parent
+                    report = write_report(path)
+                sys.stdout.write(f"{report}results  {path}\n")
         except Exception as error:  # whatever it is, the process ends and says so
             with contextlib.suppress(OSError, ValueError):
                 sys.stderr.write(

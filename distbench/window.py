@@ -101,27 +101,29 @@ def measure(
     if settings.until is None:
         return _one(prepared, world, folder)
     runs: list[Run] = []
+    measured_qps: list[float | None] = []
     wanted = UNTIL_LEAST
     while len(runs) < wanted:
         own = record.window_folder(folder, len(runs), world.rank)
         runs.append(_one(prepared, world, own, scored=bool(runs)))
+        if world.rank == 0:
+            measured_qps.append(runs[-1].result()["metrics"]["throughput"]["value"])
         if len(runs) == wanted:
-            wanted = _more(world, runs)
+            wanted = _more(world, settings.until, wanted, measured_qps)
     several = Windows(tuple(runs), folder.path if world.rank == 0 else None)
     finish.write_windows(world, several)
     return several
 
 
-def _more(world: World, runs: list[Run]) -> int:
-    """Let rank 0 say how many windows there shall be in all; it alone judges, so that all agree."""
+def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:
+    """Let rank 0 say how many windows there shall be in all; it alone judges, so that all agree.
 
-    def answer(_: list[bytes]) -> bytes:
-        results = [run.result() for run in runs]
-        rates = [each["metrics"]["throughput"]["value"] for each in results]
-        reached = until(results[0], rates)
-        return str(len(runs) if reached is None else reached.wanted).encode()
-
-    return int(world.side.meet("until", b"", answer))
+    It has judged them before it comes here: an answer may run on the side thread, whose heartbeats
+    would wait for it.
+    """
+    reached = until(asked, rates) if world.rank == 0 else None
+    told = str(made if reached is None else reached.wanted).encode()
+    return int(world.side.meet("until", b"", lambda _: told))
 
 
 def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool = False) -> Run:

@@ -68,7 +68,7 @@ def windows_result(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """
     first, last = results[0], results[-1]
     rates = [each["metrics"]["throughput"]["value"] for each in results]
-    reached = until(first, rates)
+    reached = until(first["window"]["until"], rates)
     found = _lifted(results) + _undecided(first, reached)
     return {
         **first,
@@ -96,13 +96,16 @@ def windows_result(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def until(first: dict[str, Any], rates: Sequence[float | None]) -> Until | None:
+def until(asked: float | None, rates: Sequence[float | None]) -> Until | None:
     """Return what the windows' rates say of ``--until``; None where a rate is unknown.
 
     The decision is on seconds per sample: windows have equal numbers of samples, so the mean of
     those is all makespans / all samples, of which throughput is the inverse.
+
+    Args:
+        asked: half-width relative to throughput; None without --until.
+        rates: throughput of each window in order, samples/s; None where it is unknown.
     """
-    asked = first["window"]["until"]
     known = [1 / rate for rate in rates if rate]
     if asked is None or len(known) < len(rates):
         return None
