@@ -30,6 +30,13 @@ PEAK_OPS = {
 }
 """Dense operations/s of a GPU in its fastest precision (INT8 or FP8), by the word in its name: what
 no model can pass whatever its precision. Source: NVIDIA's datasheet of each, without sparsity."""
+END_REMEDIES = {
+    "lost": "see on that host whether the process was killed (dmesg tells of memory), the host "
+    "went down or the network was cut; then run again",
+    "failed": "mend what the sentence names, and run again",
+    "terminated": "run again; what was measured until then is kept here",
+}
+"""What to do about a rank that ended early, by how it ended."""
 OUTPUTS_DIFFER = 0.01
 """Share of kept outputs that may differ from the accuracy pass: a batch of another size sums in
 another order, which can turn a tie between two classes; a wrong buffer turns most of them."""
@@ -78,7 +85,12 @@ def _losses(run: Run) -> list[Finding]:
         if end:
             found.append(
                 Finding(
-                    "incomplete", f"rank-{end['code']}", end["sentence"], end["rank"], end["host"]
+                    "incomplete",
+                    f"rank-{end['code']}",
+                    end["sentence"],
+                    end["rank"],
+                    end["host"],
+                    remedy=END_REMEDIES.get(end["code"], END_REMEDIES["failed"]),
                 )
             )
         elif record.problem and record.rank not in named:
@@ -163,7 +175,13 @@ def _device(record: RankRecord) -> list[Finding]:
     if record.before["device"]["note"]:
         found.append(
             Finding(
-                "info", "device-note", record.before["device"]["note"], record.rank, record.host
+                "info",
+                "device-note",
+                record.before["device"]["note"],
+                record.rank,
+                record.host,
+                remedy="where this is not what was wanted, give --device, or see that torch and "
+                "NVML find the GPU",
             )
         )
     foreign = record.before.get("foreign_before", []) + (record.after or {}).get(

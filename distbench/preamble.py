@@ -188,6 +188,7 @@ def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Find
                 "shares-by-rate",
                 f"shares are in proportion to the warm-up rates ({shown} samples/s), so throughput "
                 "is that of a balanced load, not of even shards",
+                remedy="leave --shares rate out for the throughput of even shards",
             )
         )
     return found

@@ -162,12 +162,15 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         ((*TORCHRUN, "selection.py", "--samples", "1000", "--rounds", "2"), "2 x 1,000 samples"),
         (("selection.py", "--simulate", "50"), "every value exact"),
         ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
+        (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",
 )
 def test_a_benchmark_runs_from_a_plain_checkout(
     tmp_path: Path, argv: tuple[str, ...], words: str
 ) -> None:
+    if "versus_loadgen.py" in argv:
+        pytest.importorskip("mlperf_loadgen", reason="LoadGen comes with the extra [mlperf]")
     path = tmp_path / "told.json"
     script = [str(BENCHMARKS / each) if each.endswith(".py") else each for each in argv]
     env = environment()

@@ -1,8 +1,14 @@
-"""Every finding is provoked through a saved directory, just under and just over its limit."""
+"""Every finding is provoked through a saved directory, just under and just over its limit.
+
+What is compared is what ``python -m distbench.report`` says of that directory, remedy included.
+"""
 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
+import json
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import permutations
@@ -14,12 +20,50 @@ import pytest
 from distbench import preamble, verdict
 from distbench.findings import Finding, status
 from distbench.prepare import Settings
+from distbench.report import __main__ as report
+from distbench.report.text import SAME_FINDINGS
 from distbench.run import load_run
 
 from .synthetic import GPU, OFFSET_NS, START_NS, Change, Rank, in_memory, make_run
 
 MS, S = 10**6, 10**9
 ROOT = Path(verdict.__file__).parent
+REMEDIES = {
+    "above-roofline": "whether outputs are cached",
+    "accuracy-low": "check the weights and the precision",
+    "clock-bound": "measure for longer (--duration)",
+    "clock-contradiction": "a virtual machine is paused or moved",
+    "device-note": "give --device",
+    "disk-error": "free space on that host's disk",
+    "environments-differ": "measure each alone",
+    "foreign-process": "end it, or wait for it",
+    "foreign-unknown": "make NVML usable there",
+    "harness-cost": "use a larger --batch-size",
+    "interference": "stop other work on the host",
+    "issue-late": "stop other work on the host",
+    "launch-bound": "use a larger --batch-size",
+    "nccl-failed": "try NCCL_IB_DISABLE=1",
+    "outputs-differ": "mixes up groups or reuses a buffer",
+    "outputs-non-finite": "check the weights, and the precision",
+    "rank-failed": "mend what the sentence names",
+    "rank-incomplete": "copy the whole folder from its host",
+    "rank-lost": "whether the process was killed",
+    "rank-missing": "copy its rank folder from its host",
+    "rank-terminated": "what was measured until then is kept",
+    "rules-marginal": "lower the rate a little",
+    "samples-capped": "give a shorter --duration",
+    "samples-failed": "mend the model",
+    "samples-missing": "return every group",
+    "shares-by-rate": "leave --shares rate out",
+    "start-late": "more ranks than cores",
+    "throttled": "check power limit, cooling",
+    "throughput-unknown": "mend what the sentence names",
+    "trend": "give a longer --warmup",
+    "until-not-reached": "give a longer --duration for each window",
+    "window-brief": "measure for longer",
+    "window-short": "give a longer --warmup",
+}
+"""Of every finding that there is, words of its remedy."""
 
 
 def on(rank: int, change: Callable[[Rank], Any]) -> Change:
@@ -28,10 +72,25 @@ def on(rank: int, change: Callable[[Rank], Any]) -> Change:
 
 
 def found(folder: Path, change: Change | None = None, **shape: Any) -> tuple[str, list[Any]]:
-    """Save a run, read it back, and return its status and findings."""
-    run = load_run(make_run(folder / "r", report=False, change=change, **shape))
-    judged = run.result()["verdict"]
-    return judged["status"], [Finding(**each) for each in judged["findings"]]
+    """Save a run and return its status and findings, as the command ``report`` tells of them."""
+    return reported(make_run(folder / "r", report=False, change=change, **shape))
+
+
+def reported(run: Path) -> tuple[str, list[Any]]:
+    """Return what ``report DIR`` says of a saved run; every finding stands in the text as well."""
+    out = run.parent / "told"
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert report.main([str(run), "--format", "json,text", "--output-dir", str(out)]) == 0
+    judged = json.loads((out / "report.json").read_bytes())["verdict"]
+    findings = [Finding(**each) for each in judged["findings"]]
+    text = " ".join((out / "report.txt").read_text().split())
+    for finding in findings:
+        same = [f for f in findings if (f.level, f.code) == (finding.level, finding.code)]
+        assert REMEDIES[finding.code] in finding.remedy
+        if same.index(finding) < SAME_FINDINGS:
+            assert " ".join(finding.message.split()) in text
+            assert finding.code == "device-note" or finding.remedy in text
+    return judged["status"], findings
 
 
 def only(folder: Path, change: Change | None = None, **shape: Any) -> tuple[str, Finding]:
@@ -77,7 +136,7 @@ def test_incomplete_beats_invalid_beats_undecided_beats_valid() -> None:
     assert status(one) == "INCOMPLETE"
 
 
-def test_findings_come_worst_first_and_once(tmp_path: Path) -> None:
+def test_findings_come_worst_first_and_once() -> None:
     levels = ["info", "undecided", "doubtful", "info", "incomplete", "invalid"]
 
     def change(ranks: list[Rank]) -> None:
@@ -85,9 +144,9 @@ def test_findings_come_worst_first_and_once(tmp_path: Path) -> None:
         ranks[0].before["findings"] = notes
         ranks[1].before["findings"] = notes[:2]
 
-    state, findings = found(tmp_path, change)
-    assert state == "INCOMPLETE"
-    assert [f.code for f in findings] == ["c4", "c5", "c1", "c2", "c0", "c3"]
+    judged = in_memory(change=change).result()["verdict"]
+    assert judged["status"] == "INCOMPLETE"
+    assert [f["code"] for f in judged["findings"]] == ["c4", "c5", "c1", "c2", "c0", "c3"]
 
 
 # Losses
@@ -299,7 +358,8 @@ def test_throttled(tmp_path: Path) -> None:
     assert about(finding) == ("doubtful", "throttled", 1, "node-1")
     assert finding.message.endswith("at the end: sw_power_cap, hw_slowdown")
     assert "cooling" in finding.remedy
-    unknown = on(1, lambda rank: (rank.after or {}).update(gpu_after={"available": False}))
+    blind = {"available": False, "reason": "-"}
+    unknown = on(1, lambda rank: (rank.after or {}).update(gpu_after=blind))
     state, findings = found(tmp_path / "unknown", unknown)
     assert (state, [f.code for f in findings]) == ("VALID", ["foreign-unknown"])
 
@@ -356,6 +416,25 @@ def test_clock_bound(tmp_path: Path, bound_ns: int, level: str | None) -> None:
     assert finding.message.startswith(f"the makespan is known to +-{bound_ns / 1e3:.1f} us only")
     assert (finding.value, finding.limit) == (bound_ns / S, 0.05)
     assert "--duration" in finding.remedy
+
+
+@pytest.mark.parametrize(("step_ns", "found_it"), [(0, False), (1, True)])
+def test_clock_contradiction(tmp_path: Path, step_ns: int, found_it: bool) -> None:
+    def change(ranks: list[Rank]) -> None:
+        # Half a second apart two clocks may drift by 0.5 s x 100 ppm (RATE_LIMIT_PPM) and 1 ns.
+        (before, after) = ranks[0].after["exchanges"]["1"]
+        middle = [[START_NS + k * S // 2, OFFSET_NS, 1_000, 2_000, 100] for k in (0, 1, 2)]
+        middle[1][1] += 50_001 + 2_000 + step_ns
+        middle[2][1] = middle[1][1]
+        ranks[0].after["exchanges"]["1"] = [before, *middle, after]
+
+    state, findings = found(tmp_path, change)
+    told = [f for f in findings if f.code == "clock-contradiction"]
+    assert len(told) == found_it
+    if found_it:
+        assert state == "INVALID"
+        assert about(told[0]) == ("invalid", "clock-contradiction", 1, "node-1")
+        assert told[0].value > 0
 
 
 @pytest.mark.parametrize(("cost_ns", "level"), GRADES)
@@ -492,6 +571,9 @@ def test_no_notes_on_even_shares() -> None:
 # Nothing is left out above
 
 
+ENDS = {"rank-lost", "rank-failed", "rank-terminated"}
+
+
 def codes_in(path: Path) -> set[str]:
     """Return the codes of all findings that a module can make, from its source."""
     codes = set()
@@ -503,7 +585,7 @@ def codes_in(path: Path) -> set[str]:
         code = call.args[1]
         if isinstance(code, ast.JoinedStr):
             assert ast.dump(code) == ast.dump(ast.parse("f'rank-{end[\"code\"]}'").body[0].value)
-            codes |= {"rank-lost", "rank-failed", "rank-terminated"}
+            codes |= ENDS
         elif isinstance(code, ast.Constant):
             codes.add(code.value)
         else:
@@ -511,42 +593,15 @@ def codes_in(path: Path) -> set[str]:
     return codes
 
 
-def test_every_code_is_known_here() -> None:
-    assert codes_in(ROOT / "checks.py") == {
-        "above-roofline",
-        "accuracy-low",
-        "device-note",
-        "disk-error",
-        "environments-differ",
-        "foreign-process",
-        "foreign-unknown",
-        "outputs-differ",
-        "outputs-non-finite",
-        "rank-failed",
-        "rank-incomplete",
-        "rank-lost",
-        "rank-missing",
-        "rank-terminated",
-        "samples-failed",
-        "samples-missing",
-        "throttled",
-    }
-    assert codes_in(ROOT / "trust.py") == {
-        "clock-bound",
-        "clock-contradiction",
-        "harness-cost",
-        "interference",
-        "issue-late",
-        "launch-bound",
-        "start-late",
-        "trend",
-        "window-brief",
-        "window-short",
-    }
-    assert codes_in(ROOT / "verdict.py") == {"throughput-unknown"}
-    assert codes_in(ROOT / "ruling.py") == {"rules-marginal"}
-    assert codes_in(ROOT / "windows.py") == {"until-not-reached"}
-    assert codes_in(ROOT / "preamble.py") == {"samples-capped", "shares-by-rate"}
+def test_every_code_is_known_here_and_provoked() -> None:
+    made = set().union(*(codes_in(path) for path in ROOT.rglob("*.py")))
+    assert made == set(REMEDIES)
+    tests = Path(__file__).resolve().parents[1]
+    texts = [path.read_text() for path in tests.rglob("test_*.py")]
+    for code in made:
+        # Once above, and in a test; the ends of a rank are one test with three values.
+        name = code.removeprefix("rank-") if code in ENDS else code
+        assert sum(text.count(f'"{name}"') for text in texts) > (code not in ENDS), code
 
 
 # The other sections
