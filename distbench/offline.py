@@ -17,7 +17,7 @@ from distbench.clock import Now
 from distbench.command import COMMON_OPTIONS, measure_joined, run_scenario, start_command
 from distbench.prepare import Settings, script_settings
 from distbench.samples import SampleLog
-from distbench.sut import FOREVER, Indices, SystemUnderTest, collect
+from distbench.sut import FOREVER, Indices, SystemUnderTest, collector
 
 if TYPE_CHECKING:
     from distbench.run import Run
@@ -43,17 +43,19 @@ def offline_loop(
         errors: takes the first few messages of failed groups.
         now: the clock.
     """
-    cells, issue, depth = log.cells(), sut.issue, sut.depth
-    issued = cells["issued"]
+    cells, issue, poll, depth = log.cells(), sut.issue, sut.poll, sut.depth
+    issued, counts = cells["issued"], cells["count"]
+    collect = collector(log, kept, errors, now)
     flying = 0
     for row, indices in groups:
+        counts[row] = len(indices)
         issued[row] = now()
         issue(row, indices)
         flying += 1
         while flying >= depth:
-            flying -= collect(sut.poll(FOREVER), cells, kept, errors, now)
+            flying -= collect(poll(FOREVER))
     while flying:
-        flying -= collect(sut.poll(FOREVER), cells, kept, errors, now)
+        flying -= collect(poll(FOREVER))
 
 
 def run_offline(

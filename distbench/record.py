@@ -175,7 +175,6 @@ class Recorder:
     Attributes:
         folder: where.
         log: the samples; rows behind the loop are flushed once a second.
-        stride: rows from one group's first row to the next one's.
         after: what is known so far of after.json.
         flying: whether the window is on.
         stall_s: how long the count may stand still in the window.
@@ -183,8 +182,8 @@ class Recorder:
         show: called with the ended rows once a second, for progress.
     """
 
-    def __init__(self, world: World, folder: Folder, log: SampleLog, stride: int) -> None:
-        self.world, self.folder, self.log, self.stride = world, folder, log, stride
+    def __init__(self, world: World, folder: Folder, log: SampleLog) -> None:
+        self.world, self.folder, self.log = world, folder, log
         self.after: dict[str, Any] = {
             "rank": world.rank,
             "used": log.capacity,
@@ -224,18 +223,18 @@ class Recorder:
         self._flusher.join(timeout=5)
 
     def _progress(self) -> tuple[int, float]:
-        return self.log.progress(self.stride), self.stall_s if self.flying else float("inf")
+        return self.log.ended[0], self.stall_s if self.flying else float("inf")
 
     def _tick(self) -> None:
         if self.flying:
             self._wanted.set()
-            self.show(self.log.progress(self.stride))
+            self.show(self.log.ended[0])
 
     def _flush(self) -> None:
         while not self._closing:
             self._wanted.wait()
             self._wanted.clear()
-            ended = self.log.progress(self.stride)
+            ended = self.log.ended[0]
             try:
                 self.log.flush(self._flushed, ended)
             except OSError as error:
@@ -269,7 +268,7 @@ class Recorder:
         try:
             if not self.saved:
                 self.after["end"] = asdict(end)
-                self.log.flush(0, self.log.progress(self.stride))
+                self.log.flush(0, self.log.ended[0])
                 self.log.freeze()
                 self.save_after()
             # A rank that was terminated or failed still lives to save; one that was lost does not.

@@ -1,7 +1,8 @@
 """One rank's samples: int64 columns in a mapped file that outlives the process.
 
 A row is one sample. A group (what one ``issue`` carries) is a run of consecutive rows, of which the
-loop fills the first, ``count`` with it; ``spread_column`` copies stamps over the others. The file
+loop fills the first, at the issue with the number of its rows; ``spread_column`` copies stamps over
+the others. The file
 is a plain ``.npy`` of shape (capacity, columns), int64, C order: one row of eight columns is one
 cache line, so the stores of a group touch one line, and what is finished is one range of the file.
 """
@@ -64,6 +65,7 @@ class SampleLog:
     Attributes:
         columns: names of the columns, in file order.
         rows: shape (capacity, len(columns)), int64; the mapped array itself.
+        ended: one number, the rows of the groups that have ended; another thread may read it.
     """
 
     index: Array
@@ -81,6 +83,7 @@ class SampleLog:
     ) -> None:
         self.columns = tuple(columns)
         self.rows = rows
+        self.ended = [0]
         self._mapped = mapped
         self._path: Path | None = None
         for position, name in enumerate(self.columns):
@@ -184,25 +187,6 @@ class SampleLog:
         """Return each column as a memoryview by name: the quickest way to store one element."""
         return {name: memoryview(getattr(self, name)) for name in self.columns}
 
-    def progress(self, stride: int = 1) -> int:
-        """Return how many rows have ended, to within the groups in flight.
-
-        Bisects the first rows of the groups, which end nearly in order: about 25 element reads, so
-        a side thread may ask once a second in the window.
-
-        Args:
-            stride: rows from one group's first row to the next one's, where all are alike.
-        """
-        ended = self.completed[::stride]
-        low, high = 0, len(ended)
-        while low < high:
-            middle = (low + high) // 2
-            if ended[middle] == PENDING:
-                high = middle
-            else:
-                low = middle + 1
-        return min(low * stride, self.capacity)
-
     def flush(self, first_row: int, last_row: int) -> None:
         """Write finished rows to the disk and wait for it; call from a thread of its own.
 
@@ -230,34 +214,9 @@ class SampleLog:
             raise OSError(code, os.strerror(code))
 
 
-def check_groups(log: SampleLog, batch_size: int, errors: list[str]) -> None:
-    """Fail the groups that the SUT gave another count than issued, and drop what it made up.
-
-    A count is what spreads a stamp over rows; one that is too large would complete samples that
-    nobody computed.
-    """
-    firsts = np.arange(0, log.capacity, batch_size)
-    issued = np.minimum(batch_size, log.capacity - firsts)
-    wrong = (log.completed[firsts] >= 0) & (log.count[firsts] != issued)
-    inner = np.ones(log.capacity, bool)
-    inner[firsts] = False
-    invented = inner & ((log.count != 0) | (log.completed != PENDING))
-    if wrong.any() or invented.any():
-        errors.append(
-            f"the model ended {int(wrong.sum())} groups with another count than issued and "
-            f"{int(invented.sum())} rows that begin no group"
-        )
-    log.completed[firsts[wrong]] = FAILED
-    log.count[firsts[wrong]] = issued[wrong]
-    log.count[invented], log.completed[invented] = 0, PENDING
-
-
-def fail_rest(log: SampleLog, batch_size: int) -> None:
+def fail_rest(log: SampleLog) -> None:
     """Mark the groups in flight as failed after an exception out of the SUT."""
-    flying = np.flatnonzero((log.issued > 0) & (log.completed == PENDING))
-    for row in flying.tolist():
-        log.count[row] = min(batch_size, log.capacity - row)
-        log.completed[row] = FAILED
+    log.completed[(log.count > 0) & (log.completed == PENDING)] = FAILED
 
 
 def spread_column(rows: Array, columns: Sequence[str], name: str) -> Array:

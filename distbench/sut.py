@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbench.clock import Now, now_ns
-from distbench.errors import UsageError
-from distbench.samples import FAILED
+from distbench.errors import ModelError, UsageError
+from distbench.samples import FAILED, PENDING, SampleLog
 
 FOREVER = 2**63 - 1
 """``until_ns`` of a ``poll`` that may wait for as long as the work takes."""
@@ -220,35 +220,64 @@ def adapted(made: Any) -> SystemUnderTest:
     )
 
 
-def collect(
-    ended: Sequence[Done | First],
-    cells: dict[str, memoryview],
-    kept: dict[int, Any],
-    errors: list[str],
-    now: Now,
-) -> int:
-    """Stamp the groups that the SUT says are done; returns how many."""
-    groups = 0
-    for done in ended:
-        stamp = now()
-        if isinstance(done, First):
-            continue
-        row, count, outputs, error, started_ns, finished_ns, device_ns, _ = done
-        cells["completed"][row] = stamp
-        cells["count"][row] = count
-        if started_ns and "started" in cells:
-            cells["started"][row] = started_ns
-            cells["finished"][row] = finished_ns
-        if device_ns and "device" in cells:
-            cells["device"][row] = device_ns
-        if error or len(outputs) != count:
-            cells["completed"][row] = FAILED
-            if len(errors) < KEPT_ERRORS:
-                errors.append(f"{error}" or f"{len(outputs)} outputs for {count} samples")
-        elif row in kept:
-            kept[row] = outputs
-        groups += 1
-    return groups
+Collect = Callable[[Sequence[Done | First]], int]
+
+
+def collector(log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now) -> Collect:
+    """Return the function that stamps the groups which the SUT says have ended.
+
+    It is made before the window, so that what it needs is at hand in the window.
+
+    Args:
+        log: the loop has stored ``count`` of every group that it issued.
+        kept: keys are the rows whose outputs are kept.
+        errors: takes the first few messages of failed groups.
+        now: the clock.
+
+    Returns:
+        Takes what ``poll`` returned and returns how many groups have ended. It raises ModelError
+        for a row that begins no group.
+    """
+    cells, ended = log.cells(), log.ended
+    completed, counts = cells["completed"], cells["count"]
+    started_at, finished_at = cells.get("started"), cells.get("finished")
+    device_at = cells.get("device")
+
+    def collect(done_groups: Sequence[Done | First]) -> int:
+        groups = 0
+        for done in done_groups:
+            stamp = now()
+            if isinstance(done, First):
+                continue
+            row, count, outputs, error, started_ns, finished_ns, device_ns, _ = done
+            completed[row] = stamp
+            if started_ns and started_at is not None and finished_at is not None:
+                started_at[row] = started_ns
+                finished_at[row] = finished_ns
+            if device_ns and device_at is not None:
+                device_at[row] = device_ns
+            issued = counts[row]
+            if error or count != issued or len(outputs) != issued:
+                completed[row] = FAILED if issued else PENDING
+                _tell(errors, row, issued, done)
+            elif row in kept:
+                kept[row] = outputs
+            ended[0] += issued
+            groups += 1
+        return groups
+
+    return collect
+
+
+def _tell(errors: list[str], row: int, issued: int, done: Done) -> None:
+    """Keep the message of a group that failed; raise where the row begins no group."""
+    if issued == 0:
+        raise ModelError(f"the model ended row {row}, which begins no group that it was issued")
+    if len(errors) < KEPT_ERRORS:
+        wrong = f"the model ended a group of {issued} samples as one of {done.count}"
+        if done.count == issued:
+            wrong = f"{len(done.outputs)} outputs for {issued} samples"
+        errors.append(f"{done.error}" or wrong)
 
 
 def run_indices(

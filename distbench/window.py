@@ -32,7 +32,7 @@ from distbench.prepare import (
     stay_on_ranks,
     warm_up,
 )
-from distbench.samples import check_groups, fail_rest
+from distbench.samples import fail_rest
 from distbench.steady import UNTIL_LEAST
 from distbench.sut import Indices, SystemUnderTest
 from distbench.windows import Windows, until
@@ -147,7 +147,7 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool 
         prepared.rates,
         prepared.cut,
     )
-    recorder = record.Recorder(world, folder, log, settings.batch_size)
+    recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
@@ -216,12 +216,11 @@ def window(
             loop(sut, log, groups, kept, errors, world.now)
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on
             errors.insert(0, f"{type(error).__name__}: {error}")
-            fail_rest(log, batch)
+            fail_rest(log)
             recorder.after["raised"] = True
         ended = world.now()
         switches_after, delay_after_ns = schedstat()
         recorder.flying = False
-    check_groups(log, batch, errors)
     recorder.after |= {
         "ended_ns": ended,
         "errors": errors,

@@ -24,7 +24,7 @@ from distbench.samples import (
     PENDING,
     SPREAD,
     SampleLog,
-    check_groups,
+    fail_rest,
     npy_bytes,
     read_rows,
     spread_column,
@@ -198,47 +198,6 @@ os.kill(os.getpid(), signal.SIGKILL)
     firsts = np.arange(0, 40_000, 8)
     assert (rows[firsts] == np.stack([firsts, 10**15 + firsts, firsts * 0 + 8], 1)).all()
     assert int((rows[:, 1] != PENDING).sum()) == len(firsts)
-
-
-# Progress
-
-
-@given(
-    stride=st.integers(1, 9),
-    capacity=st.integers(0, 80),
-    data=st.data(),
-)
-def test_progress_counts_the_rows_of_ended_groups(stride, capacity, data):
-    log = SampleLog.in_memory(capacity, ("completed", "count"))
-    firsts = list(range(0, capacity, stride))
-    ended = data.draw(st.integers(0, len(firsts)))
-    for row in firsts[:ended]:
-        log.completed[row] = data.draw(st.sampled_from([FAILED, 0, 5, 10**18]))
-        log.count[row] = min(stride, capacity - row)
-    assert log.progress(stride) == sum(log.count.tolist())
-
-
-def test_progress_reads_few_rows():
-    class Counted:
-        reads = 0
-
-        def __init__(self, ended):
-            self.ended = ended
-
-        def __getitem__(self, key):
-            if isinstance(key, slice):
-                return self
-            Counted.reads += 1
-            return 5 if key < self.ended else PENDING
-
-        def __len__(self):
-            return 10**7
-
-    log = SampleLog.in_memory(0, ("completed",))
-    log.rows = np.empty((10**7, 0))
-    log.completed = Counted(6_543_210)
-    assert log.progress() == 6_543_210
-    assert Counted.reads <= 25
 
 
 # Flushing
@@ -562,24 +521,8 @@ def test_headers_that_numpy_answers_with_odd_errors(tmp_path, header):
         read_rows(path, ("index", "completed"))
 
 
-@pytest.mark.parametrize(("count", "wrong_rows"), [(4, 0), (8, 1), (3, 1)])
-def test_a_count_that_was_not_issued_fails_its_group(count, wrong_rows):
+def test_what_was_in_flight_fails_and_nothing_else():
     log = SampleLog.in_memory(10, ("issued", "completed", "count"))
-    for row in (0, 4, 8):
-        log.issued[row], log.completed[row], log.count[row] = 1, 2, min(4, 10 - row)
-    log.count[4] = count
-    errors = []
-    check_groups(log, 4, errors)
-    assert (log.completed[[0, 4, 8]] == FAILED).sum() == wrong_rows
-    assert log.count.tolist() == [4, 0, 0, 0, 4, 0, 0, 0, 2, 0]
-    assert len(errors) == wrong_rows
-
-
-def test_a_row_that_begins_no_group_is_dropped():
-    log = SampleLog.in_memory(8, ("issued", "completed", "count"))
-    log.completed[3], log.count[3] = 5, 2
-    errors = []
-    check_groups(log, 4, errors)
-    assert log.completed.tolist() == [PENDING] * 8
-    assert log.count.tolist() == [0] * 8
-    assert "1 rows that begin no group" in errors[0]
+    log.count[[0, 2, 5]], log.completed[0] = (2, 3, 4), 7
+    fail_rest(log)
+    assert log.completed.tolist() == [7, PENDING, FAILED, *[PENDING] * 2, FAILED, *[PENDING] * 4]

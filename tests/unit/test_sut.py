@@ -5,15 +5,18 @@ import time
 import numpy as np
 import pytest
 
-from distbench.errors import UsageError
+from distbench.errors import ModelError, UsageError
+from distbench.samples import FAILED, PENDING, SampleLog
 from distbench.sut import (
     FOREVER,
+    KEPT_ERRORS,
     Done,
     Echo,
     First,
     FromCallable,
     Sleep,
     SystemUnderTest,
+    collector,
     on_host,
     run_indices,
 )
@@ -233,3 +236,63 @@ def test_a_group_that_failed_is_refused_with_its_message():
 
     with pytest.raises(UsageError, match=r"samples 12 and following: out of memory"):
         run_indices(Failing(), indices(10, 11, 12, 13), 2)
+
+
+# Stamping what has ended
+
+
+def collected(*done, issued=(2, 0, 3), kept=None, columns=("completed", "count", "started",
+                                                          "finished", "device")):  # fmt: skip
+    log, errors = SampleLog.in_memory(len(issued), columns), []
+    log.count[:] = issued
+    clock = iter(range(100, 200))
+    groups = collector(log, kept if kept is not None else {}, errors, lambda: next(clock))(done)
+    return log, errors, groups
+
+
+def test_ended_groups_are_stamped_each_with_its_own_reading():
+    kept = {2: None}
+    done = [Done(2, 3, [7, 8, 9], "", 11, 12, 13), First(0, 5), Done(0, 2, [1, 2])]
+    log, errors, groups = collected(*done, kept=kept)
+    assert (groups, errors, log.ended) == (2, [], [5])
+    assert log.completed.tolist() == [102, PENDING, 100]
+    assert (log.started[2], log.finished[2], log.device[2]) == (11, 12, 13)
+    assert kept == {2: [7, 8, 9]}
+
+
+def test_a_log_without_optional_columns_takes_what_it_has():
+    done = Done(0, 2, [1, 2], "", 11, 12, 13)
+    log, errors, groups = collected(done, columns=("completed", "count"))
+    assert (groups, errors, int(log.completed[0])) == (1, [], 100)
+
+
+@pytest.mark.parametrize(
+    ("done", "message"),
+    [
+        (Done(0, 2, [1, 2], "no such digit"), "no such digit"),
+        (Done(0, 2, [1]), "1 outputs for 2 samples"),
+        (Done(0, 3, [1, 2, 3]), "a group of 2 samples as one of 3"),
+        (Done(0, 1, [1]), "a group of 2 samples as one of 1"),
+    ],
+)
+def test_a_group_that_did_not_end_as_it_was_issued_fails(done, message):
+    kept = {0: None}
+    log, errors, groups = collected(done, kept=kept)
+    # What was issued has ended, whatever the model says of it.
+    assert (groups, log.ended, int(log.completed[0]), int(log.count[0])) == (1, [2], FAILED, 2)
+    assert message in errors[0]
+    assert kept == {0: None}
+
+
+@pytest.mark.parametrize("row", [1, -2])
+def test_a_row_that_begins_no_group_is_refused_and_completes_nothing(row):
+    log = SampleLog.in_memory(3, ("completed", "count"))
+    log.count[:] = 2, 0, 3
+    with pytest.raises(ModelError, match=f"row {row}, which begins no group"):
+        collector(log, {}, [], lambda: 5)([Done(row, 1, [1])])
+    assert log.completed.tolist() == [PENDING] * 3
+
+
+def test_few_messages_are_kept():
+    done = [Done(0, 2, [1, 2], f"wrong {n}") for n in range(KEPT_ERRORS + 3)]
+    assert collected(*done)[1] == [f"wrong {n}" for n in range(KEPT_ERRORS)]
