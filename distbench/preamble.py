@@ -16,8 +16,9 @@ from distbench.files import to_json
 from distbench.findings import Finding
 from distbench.gpus import foreign_processes
 from distbench.nvml import nvml_snapshot
-from distbench.prepare import Settings, Warmup
+from distbench.prepare import Part, Warmup
 from distbench.run import SCHEMA_VERSION
+from distbench.settings import Settings
 from distbench.sut import SystemUnderTest
 
 if TYPE_CHECKING:
@@ -76,11 +77,11 @@ def describe_rank(
     harness: dict[str, Any],
     columns: Sequence[str],
     rates: Sequence[float],
-    cut: bool,
+    part: Part,
 ) -> dict[str, Any]:
     """Return this rank's rank.json: everything known before the window."""
     snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
-    known = [*world.findings, *_planned(settings, rates, cut)]
+    known = [*world.findings, *_planned(settings, rates, part.cut)]
     return {
         "schema_version": SCHEMA_VERSION,
         "scenario": scenario,
@@ -100,6 +101,9 @@ def describe_rank(
         "columns": list(columns),
         "config": settings.config or _plain_config(settings),
         "duration_ns": None if settings.num_samples is not None else settings.duration_ns,
+        "group": settings.group,
+        "load": None if settings.load is None else asdict(settings.load),
+        "schedule": part.made,
         "until": settings.until,
         "rules": settings.rules,
         "command": settings.command,

@@ -22,7 +22,7 @@ from distbench.models.digits_net import build_net, read_data
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of
 from distbench.samples import SampleLog
-from distbench.sut import FOREVER, run_indices
+from distbench.sut import FOREVER, collector, run_indices
 from tests.support import run_module, run_ranks
 
 
@@ -135,7 +135,7 @@ def test_device_times_do_not_overlap_and_fit_into_the_time_on_the_host(
     for _ in range(2):
         log = SampleLog.in_memory(len(order), ALL_COLUMNS)
         begin = now_ns()
-        offline_loop(sut, log, groups_of(order, batch), {}, errors, now_ns)
+        offline_loop(sut, log, groups_of(order, batch), collector(log, {}, errors, now_ns), now_ns)
         wall_ns = now_ns() - begin
     assert errors == []
     device = log.device[::batch]

@@ -17,9 +17,10 @@ import distbench
 PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
-    "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates histogram "
-    "quantiles stats steady run windows times pool intervals metrics findings checks trust ruling "
-    "verdict report compare conditions launches wire pings liveness network driver cli",
+    "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
+    "bounds scenarios load batching settings histogram quantiles stats steady run windows times "
+    "pool intervals metrics findings checks trust pace ruling verdict report compare conditions "
+    "launches wire pings liveness network driver cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines parallel telemetry prepare record "
     "preamble finish probe nvml window command",
@@ -188,7 +189,8 @@ def test_what_is_harmless_passes() -> None:
 
 def test_the_public_names() -> None:
     assert sorted(distbench.__all__) == [
-        "Done", "Run", "SystemUnderTest", "Windows", "World", "join", "load_run", "run_offline",
+        "Done", "Load", "Run", "SystemUnderTest", "Windows", "World", "join", "load_run",
+        "run_multistream", "run_offline", "run_server", "run_singlestream",
     ]  # fmt: skip
 
 
