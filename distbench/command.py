@@ -21,7 +21,7 @@ from distbench.cli import (
     whole,
 )
 from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError
-from distbench.models import check_model, load_model
+from distbench.models import DTYPES, check_model, load_model
 from distbench.prepare import Settings
 from distbench.rules import parse_rules
 from distbench.sut import adapted
@@ -42,6 +42,13 @@ def _rules(text: str) -> str:
 
 COMMON_OPTIONS = (
     Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
+    Option(
+        "dtype",
+        None,
+        one_of(*DTYPES),
+        "what an embedded model computes in (default: fp32)",
+        "|".join(DTYPES),
+    ),
     Option(
         "device",
         "auto",
@@ -109,6 +116,7 @@ def settings_from(module: str, values: Values, argv: Sequence[str]) -> Settings:
         config=values.config(),
         command=command_line(module, argv),
         model_name=v["model"],
+        dtype=v["dtype"] or "",
     )
 
 
@@ -153,7 +161,7 @@ def run_scenario(
         problem, sut = None, None
         try:
             with watched(world, setup_limit_s(settings)):
-                sut = load_model(settings.model_name, world, settings.batch_size)
+                sut = load_model(settings.model_name, world, settings.batch_size, settings.dtype)
         except UsageError as error:
             problem = error
         world.check("model", problem)

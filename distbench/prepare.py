@@ -76,6 +76,7 @@ class Settings:
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     model_name: str = ""
+    dtype: str = ""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
