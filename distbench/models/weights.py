@@ -83,7 +83,7 @@ def load_strictly(net: torch.nn.Module, tensors: Mapping[str, Tensor], path: Pat
     missing = [name for name in wanted if name not in tensors and not name.endswith(UNUSED)]
     unknown = [name for name in tensors if name not in wanted]
     unlike = [
-        f"{name} {_described(tensors[name])}, not {_described(value)}"
+        f"{name} {_described(tensors[name])} where {_described(value)} is needed"
         for name, value in wanted.items()
         if name in tensors and _described(tensors[name]) != _described(value)
     ]
@@ -124,7 +124,7 @@ def _read_torch(path: Path) -> Any:
 
 
 def _read_npz(path: Path) -> Any:
-    with np.load(path, allow_pickle=False) as arrays:
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays}
 
 
@@ -145,7 +145,8 @@ def _refusal(path: Path, error: Exception) -> UsageError:
             f"weights {path} are no pickle of tensors alone, and any other could run code, so it "
             "was not loaded: save model.state_dict() by itself with torch.save"
         )
-    reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
+    first = str(error).partition("\n")[0].partition(". ")[0]  # what follows is advice
+    reason = f"{type(error).__name__}: {first[:120]}".rstrip(": ")
     return UsageError(
         f"weights {path} are damaged, cut short or of another kind than their name says "
         f"({reason}): copy the file again and compare its sha256"
