@@ -1,6 +1,6 @@
 """Weights from a local file, by name and strictly: none missing, none extra, every shape right.
 
-    .safetensors   by the package of that name (``pip install 'distbench[hf]'``)
+    .safetensors   by the package of that name (the extra ``hf``)
     .npz           arrays by name, as numpy.savez writes them
     any other      a torch file, as torch.save(model.state_dict(), path) writes it
 
@@ -133,7 +133,7 @@ def _read_safetensors(path: Path) -> Any:
         from safetensors.torch import load_file  # noqa: PLC0415  an extra
     except ImportError as error:
         raise UsageError(
-            f"weights {path}: reading them needs safetensors: pip install 'distbench[hf]'"
+            f"weights {path}: reading them needs safetensors: pip install safetensors"
         ) from error
     return load_file(path)
 

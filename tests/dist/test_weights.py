@@ -186,7 +186,7 @@ def test_without_safetensors_the_sentence_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     path = tmp_path / "w.safetensors"
     path.write_bytes(b"1")
-    with pytest.raises(UsageError, match=r"needs safetensors: pip install 'distbench\[hf\]'"):
+    with pytest.raises(UsageError, match=r"needs safetensors: pip install safetensors"):
         read_weights(path)
 
 
