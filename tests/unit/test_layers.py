@@ -138,7 +138,9 @@ def forbidden(tree: ast.AST) -> Iterator[str]:
     plain = {
         node.func
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and "weights_only=True" in map(ast.unparse, node.keywords)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "torch.load"
+        and "weights_only=True" in map(ast.unparse, node.keywords)
     }
     for node in ast.walk(tree):
         if node in plain:
