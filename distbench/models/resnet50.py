@@ -23,7 +23,7 @@ from distbench.models.weights import load_strictly, read_weights
 
 SHAPE = (3, 224, 224)
 SAMPLES = 256
-"""Images by default: 38.5 MB, and more than the caches of a CPU hold."""
+"""Images by default: 38.5 MB."""
 SEED = 0
 
 
