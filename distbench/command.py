@@ -21,7 +21,7 @@ from distbench.cli import (
     whole,
 )
 from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError
-from distbench.models import check_model, load_model
+from distbench.models import DTYPES, check_model, load_model
 from distbench.rules import parse_rules
 from distbench.settings import Settings
 from distbench.sut import adapted
@@ -42,6 +42,13 @@ def _rules(text: str) -> str:
 
 COMMON_OPTIONS = (
     Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
+    Option(
+        "dtype",
+        None,
+        one_of(*DTYPES),
+        "what an embedded model computes in (default: fp32)",
+        "|".join(DTYPES),
+    ),
     Option(
         "device",
         "auto",
@@ -110,7 +117,8 @@ def settings_from(module: str, values: Values, argv: Sequence[str], **more: Any)
     """
     common = {option.name.replace("-", "_") for option in COMMON_OPTIONS} - set(NO_SETTINGS)
     read = {name: value for name, value in values.values.items() if name in common}
-    read["samples"] = read["samples"] or ""
+    for name in ("samples", "dtype"):
+        read[name] = read[name] or ""
     return Settings(
         **{FIELDS.get(name, name): value for name, value in read.items()},
         config=values.config(),
@@ -163,7 +171,7 @@ def run_scenario(
         problem, sut = None, None
         try:
             with watched(world, setup_limit_s(settings)):
-                sut = load_model(settings.model_name, world, settings.group)
+                sut = load_model(settings.model_name, world, settings.group, settings.dtype)
         except UsageError as error:
             problem = error
         world.check("model", problem)

@@ -58,7 +58,11 @@ def agree_on_run(world: World, sut: SystemUnderTest, settings: Settings) -> None
         if name not in ("config", "command", *FREE_OPTIONS) and not settings.config
     }
     world.agree("options", options, "start every node with the same command line")
-    model = {"the model's weights": digest_of(sut), "the model's number of samples": sut.total}
+    model = {
+        "the model's weights": digest_of(sut),
+        "the model's number of samples": sut.total,
+        "what the model computes in": getattr(sut, "dtype", None),
+    }
     world.agree("model", model, "give every node the same model files")
 
 
@@ -107,14 +111,7 @@ def describe_rank(
         "until": settings.until,
         "rules": settings.rules,
         "command": settings.command,
-        "model": {
-            "name": settings.model_name or type(sut).__name__,
-            "digest": digest_of(sut),
-            "total": sut.total,
-            "depth": sut.depth,
-            "flops_per_sample": getattr(sut, "flops_per_sample", None),
-            "target_accuracy": getattr(sut, "target_accuracy", None),
-        },
+        "model": _model(sut, settings),
         "warmup": {
             "rate_qps": warm.rate_qps,
             "slowest_group_ns": warm.slowest_group_ns,
@@ -126,6 +123,19 @@ def describe_rank(
         "gpu_before": snapshot,
         "foreign_before": _foreign(snapshot),
         "findings": [asdict(f) for f in known] if world.rank == 0 else [],
+    }
+
+
+def _model(sut: SystemUnderTest, settings: Settings) -> dict[str, Any]:
+    """Return what the SUT tells of the model."""
+    return {
+        "name": settings.model_name or type(sut).__name__,
+        "digest": digest_of(sut),
+        "dtype": getattr(sut, "dtype", None),
+        "total": sut.total,
+        "depth": sut.depth,
+        "flops_per_sample": getattr(sut, "flops_per_sample", None),
+        "target_accuracy": getattr(sut, "target_accuracy", None),
     }
 
 
@@ -200,7 +210,7 @@ def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Find
 
 def _plain_config(settings: Settings) -> dict[str, Any]:
     """Return the ``config`` section of a run that was started from a script."""
-    skipped = ("config", "command", "model_name")
+    skipped = ("config", "command", "model_name", "dtype")
     return {
         name: {"value": value, "origin": "script"}
         for name, value in asdict(settings).items()

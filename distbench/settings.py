@@ -39,6 +39,7 @@ class Settings:
     config: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     model_name: str = ""
+    dtype: str = ""
     load: Load | None = None
 
     @property

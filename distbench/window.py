@@ -164,7 +164,9 @@ def one_window(
         with record.watched(world, setup_limit_s(settings)) as tell:
             score, accurate = finish.accuracy_pass(sut, world, settings.group, raised, scored, tell)
         indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
-        recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
+        recorder.after["outputs"] = finish.check_outputs(
+            kept, indices_of, accurate, finish.tolerance(sut)
+        )
         recorder.after["score"] = score
         return finish.finish(world, recorder, before, stay_on_ranks(settings, part.counts))
     except BaseException as error:
