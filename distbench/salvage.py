@@ -36,6 +36,8 @@ def merge(folders: Sequence[Path]) -> Path:
     """
     windows = {p.name for each in folders for p in (each / "windows").glob("*") if p.is_dir()}
     for name in sorted(windows):
+        if not any(any((each / "windows" / name).glob("ranks/*/rank.json")) for each in folders):
+            continue  # its ranks were ended before they wrote anything; the report names it
         (folders[0] / "windows" / name).mkdir(parents=True, exist_ok=True)
         path = _merge_window([each / "windows" / name for each in folders])
         write_report(path)

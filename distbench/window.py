@@ -52,6 +52,23 @@ def setup_limit_s(settings: Settings) -> float:
     return max(SETUP_S, (settings.timeout_ns or 0) / 1e9)
 
 
+@dataclass
+class Course:
+    """Where a command of several windows stands.
+
+    Attributes:
+        number: of the next window, from 0.
+        planned: how many there are to be by the last decision; 0 for a command of one window.
+    """
+
+    number: int = 0
+    planned: int = 0
+
+    def told(self) -> dict[str, int] | None:
+        """Return what a window's rank.json has of it; None for a command of one window."""
+        return {"number": self.number, "planned": self.planned} if self.planned else None
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What is known before the first window, and holds for all of them."""
@@ -99,20 +116,25 @@ def measure(
     prepared = _Prepared(scenario, loop, sut, settings, warm, cost, rates, counts, cut)
     folder = record.name_folder(world, settings.output_dir, scenario, settings.name)
     if settings.until is None:
-        return _one(prepared, world, folder)
-    runs: list[Run] = []
-    measured_qps: list[float | None] = []
-    wanted = UNTIL_LEAST
-    while len(runs) < wanted:
-        own = record.window_folder(folder, len(runs), world.rank)
-        runs.append(_one(prepared, world, own, scored=bool(runs)))
+        return _one(prepared, world, folder, Course())
+    return _several(prepared, world, folder, settings.until)
+
+
+def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
+    """Take windows until throughput is known to within ``asked``; of each only its result stays."""
+    course = Course(0, UNTIL_LEAST)
+    results: dict[str, dict[str, Any]] = {}
+    while course.number < course.planned:
+        own = record.window_folder(folder, course.number, world.rank)
+        run = _one(prepared, world, own, course)
         if world.rank == 0:
-            measured_qps.append(runs[-1].result()["metrics"]["throughput"]["value"])
-        if len(runs) == wanted:
-            wanted = _more(world, settings.until, wanted, measured_qps)
-    several = Windows(tuple(runs), folder.path if world.rank == 0 else None)
-    finish.write_windows(world, several)
-    return several
+            results[own.path.name] = run.result()
+        del run  # with the samples of all ranks, before those of the next window come
+        course.number += 1
+        if course.number == course.planned:
+            rates = [each["metrics"]["throughput"]["value"] for each in results.values()]
+            course.planned = _more(world, asked, course.planned, rates)
+    return finish.write_windows(world, folder.path, results)
 
 
 def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:
@@ -126,8 +148,8 @@ def _more(world: World, asked: float, made: int, rates: list[float | None]) -> i
     return int(world.side.meet("until", b"", lambda _: told))
 
 
-def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool = False) -> Run:
-    """Take one window; ``scored``: an earlier one had the accuracy pass."""
+def _one(prepared: _Prepared, world: World, folder: record.Folder, course: Course) -> Run:
+    """Take one window."""
     sut, settings, warm = prepared.sut, prepared.settings, prepared.warm
     counts = prepared.counts
     record.open_folder(world, folder)
@@ -147,6 +169,7 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool 
         prepared.rates,
         prepared.cut,
     )
+    before["window"] = course.told()
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
@@ -157,7 +180,7 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool 
         raised = bool(recorder.after.get("raised"))
         with record.watched(world, setup_limit_s(settings)) as tell:
             score, accurate = finish.accuracy_pass(
-                sut, world, settings.batch_size, raised, scored, tell
+                sut, world, settings.batch_size, raised, course.number > 0, tell
             )
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)

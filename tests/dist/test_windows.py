@@ -45,7 +45,12 @@ def test_windows_are_repeated_until_the_interval_is_narrow(tmp_path: Path) -> No
     assert json.loads((folder / "result.json").read_bytes()) == result
     instants = [run.present[0].after["plan"]["reference_ns"] for run in load_run(folder).runs]
     assert instants == sorted(set(instants)), "each window has a start of its own"
-    assert len({run.first.before["run_id"] for run in load_run(folder).runs}) == len(instants)
+    places = [run.first.before["window"] for run in load_run(folder).runs]
+    assert [place["number"] for place in places] == list(range(len(instants)))
+    assert [place["planned"] for place in places] == sorted(place["planned"] for place in places)
+    assert places[-1]["planned"] == len(instants) == result["window"]["planned"]
+    shutil.rmtree(folder / "windows" / "001")
+    assert load_run(folder).result()["verdict"]["status"] == "INCOMPLETE"
 
 
 def test_an_interval_that_stays_wide_is_undecided(tmp_path: Path) -> None:

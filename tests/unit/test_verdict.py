@@ -61,6 +61,7 @@ REMEDIES = {
     "trend": "give a longer --warmup",
     "until-not-reached": "give a longer --duration for each window",
     "window-brief": "measure for longer",
+    "window-missing": "salvage the run",
     "window-short": "give a longer --warmup",
 }
 """Of every finding that there is, words of its remedy."""
