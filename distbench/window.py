@@ -169,7 +169,8 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, course: Cours
         prepared.rates,
         prepared.cut,
     )
-    before["window"] = course.told()
+    shard = stay_on_ranks(settings, counts)
+    before |= {"window": course.told(), "samples": "shard" if shard else "gather"}
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
@@ -185,7 +186,7 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, course: Cours
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
         recorder.after["score"] = score
-        return finish.finish(world, recorder, before, stay_on_ranks(settings, counts))
+        return finish.finish(world, recorder, before, shard)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.

@@ -19,7 +19,7 @@ from typing import Any
 from distbench.errors import UsageError
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import NO_INTERVAL, metric
-from distbench.run import Run
+from distbench.run import JUDGED_BY_ALL, Run
 from distbench.run import load_run as load_window
 from distbench.steady import Until, until_decision
 
@@ -272,7 +272,7 @@ def _lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
     seen: dict[tuple[str, str, int | None], list[tuple[str, dict[str, Any]]]] = {}
     for name, each in results.items():
         for found in each["verdict"]["findings"]:
-            if found["level"] in LIFTED:
+            if found["level"] in LIFTED or found["code"] == JUDGED_BY_ALL:
                 key = (found["level"], found["code"], found["rank"])
                 seen.setdefault(key, []).append((name, found))
     return [

@@ -96,6 +96,9 @@ def test_samples_that_stay_on_their_ranks_give_the_same_figures(tmp_path: Path) 
     host = result["per_rank"][1]["host"]
     assert status == 6
     assert f"ranks/00001: missing; it is on {host}" in lines
+    judged = load_run(folder).result()
+    assert judged["metrics"] == result["metrics"]
+    assert [f["code"] for f in judged["verdict"]["findings"]][-1] == "judged-by-all"
     # Brought together, the folders give every figure again, to the last digit.
     (other,) = (tmp_path / "1").glob("*/ranks/00001")
     shutil.copytree(other, folder / "ranks" / "00001")

@@ -41,6 +41,7 @@ REMEDIES = {
     "harness-cost": "use a larger --batch-size",
     "interference": "stop other work on the host",
     "issue-late": "stop other work on the host",
+    "judged-by-all": "copy the folders of the other ranks",
     "launch-bound": "use a larger --batch-size",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
     "outputs-differ": "mixes up groups or reuses a buffer",
