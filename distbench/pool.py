@@ -72,9 +72,24 @@ def _batch_latency(record: RankRecord) -> Series:
 
 
 def _service(record: RankRecord) -> Series:
+    started, finished, possible = _engine_stamps(record)
+    return np.asarray(finished[possible] - started[possible])
+
+
+def _engine_stamps(record: RankRecord) -> tuple[Series, Series, NDArray[np.bool_]]:
+    """Return the engine's stamps of every ended group that has them, and which can be true.
+
+    A group is handed over before the engine starts it, and has ended there before it completes:
+    issued <= started <= finished <= completed. Stamps of another clock, or swapped, break that.
+    """
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    known = (started > 0) & (finished > 0)
-    return np.asarray(finished[known] - started[known])
+    known = (started != 0) & (finished != 0)
+    if len(known) == 0:
+        return started, finished, known
+    issued, completed = (record.first_rows(name)[known] for name in ("issued", "completed"))
+    started, finished = started[known], finished[known]
+    possible = (issued <= started) & (started <= finished) & (finished <= completed)
+    return started, finished, possible
 
 
 def _device(record: RankRecord) -> Series:
@@ -96,8 +111,8 @@ def facts(record: RankRecord) -> dict[str, Any]:
     Returns:
         ``whole`` (whether its samples are there), ``ok``, ``failed``, ``pending`` samples,
         ``groups`` that ended well, ``scheduled_ns`` and ``issued_ns`` of the first row,
-        ``finished_ns`` (last completion); None where there is none; and for each series
-        ``[n, largest, sum]``.
+        ``finished_ns`` (last completion); None where there is none; ``contradicting`` groups,
+        whose stamps by the engine cannot be true; and for each series ``[n, largest, sum]``.
     """
     completed, scheduled = record.column("completed"), record.column("scheduled")
     good = completed[completed >= 0]
@@ -110,6 +125,7 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "scheduled_ns": int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None,
         "issued_ns": _first_issue(record),
         "finished_ns": int(good.max()) if len(good) else None,
+        "contradicting": int((~_engine_stamps(record)[2]).sum()),
         "series": {name: _sums(series(record, name)) for name in SERIES},
     }
 

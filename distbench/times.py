@@ -35,6 +35,7 @@ class RankTimes:
         issued_ns: when its first group was issued, own clock; None when unknown.
         groups: groups that ended well.
         series: number, largest and sum of each series, ns.
+        contradicting: groups whose stamps by the engine cannot be true; no series has them.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class RankTimes:
     issued_ns: int | None = None
     groups: int = 0
     series: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    contradicting: int = 0
 
 
 def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes:
@@ -91,6 +93,7 @@ def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes
         issued_ns=found["issued_ns"],
         groups=found["groups"],
         series={name: (n, most, total) for name, (n, most, total) in found["series"].items()},
+        contradicting=found["contradicting"],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from distbench.findings import Finding
-from distbench.report import text
+from distbench.report import units
 from distbench.report.text import to_text
 from distbench.run import Run
 
@@ -342,17 +342,17 @@ def test_four_findings_of_a_kind_are_enough(count: int, told: int) -> None:
     ],
 )
 def test_times_have_a_unit_that_suits_them(seconds: float | None, shown: str) -> None:
-    assert text._time(seconds) == shown
+    assert units.duration(seconds) == shown
 
 
 def test_other_numbers() -> None:
-    assert text._sig(21345.678, 5) == "21,346"
-    assert text._sig(0.0123456, 3) == "0.0123"
-    assert text._sig(0.0, 3) == "0.0"
-    assert text._bytes(123_400_000) == "123.4 MB"
-    assert text._bytes(1_600_000_000) == "1.60 GB"
-    assert text._count(1, "rank") == "1 rank"
-    assert text._count(2, "rank") == "2 ranks"
+    assert units.rounded(21345.678, 5) == "21,346"
+    assert units.rounded(0.0123456, 3) == "0.0123"
+    assert units.rounded(0.0, 3) == "0.0"
+    assert units.size(123_400_000) == "123.4 MB"
+    assert units.size(1_600_000_000) == "1.60 GB"
+    assert units.counted(1, "rank") == "1 rank"
+    assert units.counted(2, "rank") == "2 ranks"
 
 
 def test_a_report_is_a_function_of_the_result_alone() -> None:

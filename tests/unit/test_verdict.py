@@ -56,6 +56,7 @@ REMEDIES = {
     "samples-failed": "mend the model",
     "samples-missing": "return every group",
     "shares-by-rate": "leave --shares rate out",
+    "stamps-contradict": "let the engine stamp started and finished",
     "start-late": "more ranks than cores",
     "throttled": "check power limit, cooling",
     "throughput-unknown": "mend what the sentence names",
@@ -296,6 +297,37 @@ def test_outputs_differ(tmp_path: Path) -> None:
     assert "2 of 199 outputs kept from the window differ from the accuracy pass" in finding.message
     assert (finding.value, finding.limit) == (2 / 199, 0.01)
     assert "mixes up groups or reuses a buffer" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("column", "stamp", "wrong"),
+    [
+        ("started", lambda log, row: log.issued[row], False),
+        ("started", lambda log, row: log.issued[row] - 1, True),
+        ("started", lambda log, row: log.finished[row], False),
+        ("started", lambda log, row: log.finished[row] + 1, True),
+        ("finished", lambda log, row: log.started[row], False),
+        ("finished", lambda log, row: log.started[row] - 1, True),
+        ("finished", lambda log, row: log.completed[row], False),
+        ("finished", lambda log, row: log.completed[row] + 1, True),
+        ("started", lambda _log, _row: -5, True),
+        ("started", lambda _log, _row: 0, False),  # unknown
+    ],
+)
+def test_stamps_contradict(tmp_path: Path, column: str, stamp: Any, wrong: bool) -> None:
+    def change(rank: Rank) -> None:
+        row = rank.row(3)
+        getattr(rank.log, column)[row] = stamp(rank.log, row)
+
+    if not wrong:
+        assert found(tmp_path, on(1, change)) == ("VALID", [])
+        return
+    state, finding = only(tmp_path, on(1, change))
+    assert state == "INVALID"
+    assert about(finding) == ("invalid", "stamps-contradict", 1, "node-1")
+    assert "stamps of 1 of 10 groups contradict" in finding.message
+    assert (finding.value, finding.limit) == (1, 0)
+    assert load_run(tmp_path / "r").result()["metrics"]["service.p50"]["n"] == 19
 
 
 # Device
