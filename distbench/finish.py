@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from distbench.record import Recorder, write_report, write_result
 from distbench.run import RankRecord, Run, rank_folder, write_rank
 from distbench.sut import SystemUnderTest, run_indices
 from distbench.verdict import result
-from distbench.windows import Windows
+from distbench.windows import Windows, windows_result
 
 if TYPE_CHECKING:
     from distbench.world import World
@@ -205,25 +206,37 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     return run
 
 
-def write_windows(world: World, several: Windows) -> None:
-    """Write the result above several windows on rank 0's disk; all ranks call it.
+def write_windows(world: World, folder: Path, results: dict[str, dict[str, Any]]) -> Windows:
+    """Judge several windows and write the result above them on rank 0's disk; all ranks call it.
+
+    Args:
+        world: all ranks.
+        folder: the directory above the windows.
+        results: of the windows by the names of their folders; rank 0's alone are looked at.
+
+    Returns:
+        The windows, with their result on every rank.
 
     Raises:
         IncompleteError: the disk refused it; the windows' own results are written.
     """
-    failure = ""
-    if several.folder is not None:
+    failure, judged = "", dict[str, Any]()
+    if world.rank == 0:
+        judged = windows_result(results)
         try:
-            write_result(several.folder, several.result())
+            write_result(folder, judged)
         except OSError as error:
             failure = (
-                f"rank 0 ({world.host}) could not write {several.folder}: "
-                f"{error.strerror or error}; each window under it is whole: free space, then run "
-                f"`python -m distbench.salvage {several.folder}`"
+                f"rank 0 ({world.host}) could not write {folder}: {error.strerror or error}; each "
+                "window under it is whole: free space, then run "
+                f"`python -m distbench.salvage {folder}`"
             )
-    world.side.meet("windows written")
+    # Made before ranks meet: an answer may run on the thread that keeps the heartbeats.
+    told = json.dumps(judged).encode()
+    told = world.side.meet("windows written", b"", lambda _: told)
     if failure:
         raise IncompleteError(failure)
+    return Windows(folder if world.rank == 0 else None, json.loads(told))
 
 
 def across_ranks(world: World, run: Run) -> Pool:

@@ -174,7 +174,10 @@ def _latencies(
     sums = [t.series[name] for t in times]
     n = sum(each[0] for each in sums)
     if n == 0:
-        return {}
+        wrong = sum(t.contradicting for t in times) if name == "service" else 0
+        reason = f"the engine's stamps contradict in all {wrong} groups that have them"
+        labels = (*QUANTILES, "max", "mean") if wrong else ()
+        return {f"{name}.{x}": metric(None, "s", 0, definition, reason=reason) for x in labels}
     most, total = max(each[1] for each in sums), sum(each[2] for each in sums)
     found = percentile_intervals(pool, name, [each[0] for each in sums], most, QUANTILES)
     out = {}

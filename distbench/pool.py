@@ -84,8 +84,32 @@ def _service(record: RankRecord) -> Series:
     if _kind(record).open_loop:
         return _per_sample(record, "started", "finished")
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    known = (started > 0) & (finished > 0)
-    return np.asarray(finished[known] - started[known])
+    possible = _possible(record.first_rows, started)
+    return np.asarray(finished[possible] - started[possible])
+
+
+def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
+    """Tell which groups, or which samples, have stamps of the engine that can be true.
+
+    A group is handed over before the engine starts it, and has ended there before it completes:
+    issued <= started <= finished <= completed. Stamps of another clock, or swapped, break that.
+
+    Args:
+        stamps: returns a column by its name.
+        started: one of them; empty where the log has none.
+    """
+    if len(started) == 0:
+        return np.zeros(0, np.bool_)
+    finished = stamps("finished")
+    inside = (stamps("issued") <= started) & (finished <= stamps("completed"))
+    return np.asarray(inside & (started <= finished) & (started != 0) & (finished != 0))
+
+
+def _contradicting(record: RankRecord) -> int:
+    """Count the ended groups whose stamps by the engine are there and cannot be true."""
+    started, finished = record.first_rows("started"), record.first_rows("finished")
+    stamped = (started != 0) & (finished != 0)
+    return int((stamped & ~_possible(record.first_rows, started)).sum())
 
 
 def _lateness(record: RankRecord) -> Series:
@@ -93,9 +117,10 @@ def _lateness(record: RankRecord) -> Series:
 
 
 def _queue(record: RankRecord) -> Series:
-    waited, begun = _per_sample(record, "scheduled", "ready"), _known(record, "started")
     handed = _per_sample(record, "issued", "started")
-    return waited[begun] + handed if len(handed) else handed
+    if len(handed) == 0:
+        return handed
+    return _per_sample(record, "scheduled", "ready")[_known(record, "started")] + handed
 
 
 def _return(record: RankRecord) -> Series:
@@ -123,10 +148,10 @@ def _per_sample(record: RankRecord, begin: str, end: str) -> Series:
 
 
 def _known(record: RankRecord, name: str) -> NDArray[np.bool_]:
-    """Tell of every sample that completed whether it has a stamp."""
+    """Tell of every sample that completed whether it has a stamp, the engine's a possible one."""
     good = record.column("completed") >= 0
-    if name not in record.before["columns"]:
-        return np.zeros(int(good.sum()), np.bool_)
+    if name in ("started", "finished"):
+        return _possible(lambda each: record.column(each)[good], record.column("started")[good])
     return np.asarray(record.column(name)[good] > 0)
 
 
@@ -160,10 +185,10 @@ def facts(record: RankRecord) -> dict[str, Any]:
         ``whole`` (whether its samples are there), ``ok``, ``failed``, ``pending`` samples,
         ``groups`` that ended well, ``scheduled_ns`` and ``issued_ns`` of the first row,
         ``finished_ns`` (last completion), ``last_due_ns`` and ``last_done_ns`` (schedule, in a
-        stream the issue, and completion of the last query); None where there is none; for each
-        series of the scenario ``[n, largest, sum]``; and ``own``, this rank's latencies at some
-        percentiles, ns, and early stopping's estimate in a stream, where a rank's alone mean
-        something.
+        stream the issue, and completion of the last query); None where there is none;
+        ``contradicting`` groups, whose stamps by the engine cannot be true; for each series of the
+        scenario ``[n, largest, sum]``; and ``own``, this rank's latencies at some percentiles, ns,
+        and early stopping's estimate in a stream, where a rank's alone mean something.
     """
     kind = _kind(record)
     completed, scheduled = record.column("completed"), record.column("scheduled")
@@ -180,6 +205,7 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "finished_ns": int(good.max()) if len(good) else None,
         "last_due_ns": int(due[-1]) if len(due) else None,
         "last_done_ns": int(completed[-1]) if len(completed) and completed[-1] >= 0 else None,
+        "contradicting": _contradicting(record),
         "series": {name: _sums(series(record, name)) for name in kind.series},
         "own": {} if kind.drained else _own(series(record, "latency"), kind),
     }

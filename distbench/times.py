@@ -38,6 +38,7 @@ class RankTimes:
         last_done_ns: completion of its last query, own clock; None where that did not complete.
         own: its own latencies at some percentiles, ns, by the metric's name.
         series: number, largest and sum of each series, ns.
+        contradicting: groups whose stamps by the engine cannot be true; no series has them.
     """
 
     rank: int
@@ -57,6 +58,7 @@ class RankTimes:
     last_done_ns: int | None = None
     own: Mapping[str, int] = field(default_factory=dict)
     series: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    contradicting: int = 0
 
 
 def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes:
@@ -100,6 +102,7 @@ def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes
         last_done_ns=found["last_done_ns"],
         own=found["own"],
         series={name: (n, most, total) for name, (n, most, total) in found["series"].items()},
+        contradicting=found["contradicting"],
     )
 
 

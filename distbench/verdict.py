@@ -101,6 +101,7 @@ def _unknown(headline: str, reason: str) -> list[Finding]:
 def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     """Return the ``window`` section: what was run, where, for how long."""
     first = run.first.before
+    place = first.get("window") or {"number": None, "planned": None}
     return {
         "world_size": run.world_size,
         "hosts": sorted({record.host for record in run.present}),
@@ -110,6 +111,8 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
         "group": first["group"],
         "load": first.get("load"),
         "until": first.get("until"),
+        "number": place["number"],
+        "planned": place["planned"],
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

@@ -54,6 +54,23 @@ def setup_limit_s(settings: Settings) -> float:
     return max(SETUP_S, (settings.timeout_ns or 0) / 1e9)
 
 
+@dataclass
+class Turn:
+    """Where a command of several windows stands.
+
+    Attributes:
+        number: of the next window, from 0.
+        planned: how many there are to be by the last decision; 0 for a command of one window.
+    """
+
+    number: int = 0
+    planned: int = 0
+
+    def told(self) -> dict[str, int] | None:
+        """Return what a window's rank.json has of it; None for a command of one window."""
+        return {"number": self.number, "planned": self.planned} if self.planned else None
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What is known before the first window, and holds for all of them."""
@@ -88,20 +105,25 @@ def measure(
     prepared = prepare(course, sut, world, settings)
     folder = record.name_folder(world, settings.output_dir, course.scenario, settings.name)
     if settings.until is None:
-        return one_window(prepared, world, folder)
-    runs: list[Run] = []
-    measured_qps: list[float | None] = []
-    wanted = UNTIL_LEAST
-    while len(runs) < wanted:
-        own = record.window_folder(folder, len(runs), world.rank)
-        runs.append(one_window(prepared, world, own, scored=bool(runs)))
+        return one_window(prepared, world, folder, Turn())
+    return _several(prepared, world, folder, settings.until)
+
+
+def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
+    """Take windows until throughput is known to within ``asked``; of each only its result stays."""
+    turn = Turn(0, UNTIL_LEAST)
+    results: dict[str, dict[str, Any]] = {}
+    while turn.number < turn.planned:
+        own = record.window_folder(folder, turn.number, world.rank)
+        run = one_window(prepared, world, own, turn)
         if world.rank == 0:
-            measured_qps.append(runs[-1].result()["metrics"]["throughput"]["value"])
-        if len(runs) == wanted:
-            wanted = _more(world, settings.until, wanted, measured_qps)
-    several = Windows(tuple(runs), folder.path if world.rank == 0 else None)
-    finish.write_windows(world, several)
-    return several
+            results[own.path.name] = run.result()
+        del run  # with the samples of all ranks, before those of the next window come
+        turn.number += 1
+        if turn.number == turn.planned:
+            rates = [each["metrics"]["throughput"]["value"] for each in results.values()]
+            turn.planned = _more(world, asked, turn.planned, rates)
+    return finish.write_windows(world, folder.path, results)
 
 
 def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> _Prepared:
@@ -131,10 +153,8 @@ def _more(world: World, asked: float, made: int, rates: list[float | None]) -> i
     return int(world.side.meet("until", b"", lambda _: told))
 
 
-def one_window(
-    prepared: _Prepared, world: World, folder: record.Folder, scored: bool = False
-) -> Run:
-    """Take one window; ``scored``: an earlier one had the accuracy pass."""
+def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
+    """Take one window."""
     course, sut, settings = prepared.course, prepared.sut, prepared.settings
     warm, part = prepared.warm, prepared.part
     record.open_folder(world, folder)
@@ -153,6 +173,8 @@ def one_window(
         prepared.rates,
         part,
     )
+    shard = stay_on_ranks(settings, part.counts)
+    before |= {"window": turn.told(), "samples": "shard" if shard else "gather"}
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
@@ -162,13 +184,15 @@ def one_window(
         recorder.after |= describe_after(world)
         raised = bool(recorder.after.get("raised"))
         with record.watched(world, setup_limit_s(settings)) as tell:
-            score, accurate = finish.accuracy_pass(sut, world, settings.group, raised, scored, tell)
+            score, accurate = finish.accuracy_pass(
+                sut, world, settings.group, raised, turn.number > 0, tell
+            )
         indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
         recorder.after["outputs"] = finish.check_outputs(
             kept, indices_of, accurate, finish.tolerance(sut)
         )
         recorder.after["score"] = score
-        return finish.finish(world, recorder, before, stay_on_ranks(settings, part.counts))
+        return finish.finish(world, recorder, before, shard)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distbench import files
-from distbench.cli import parse
-from distbench.compare import OPTIONS, Comparison, compare, judged, main, positionals, to_text
+from distbench.cli import parse, positionals
+from distbench.compare import OPTIONS, Comparison, compare, judged, main, to_text
 from distbench.conditions import conditions, covers, differences
 from distbench.errors import UsageError
 

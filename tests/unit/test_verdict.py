@@ -44,6 +44,7 @@ REMEDIES = {
     "interference": "stop other work on the host",
     "issue-late": "stop other work on the host",
     "issue-lateness": "leave a processor free",
+    "judged-by-all": "copy the folders of the other ranks",
     "launch-bound": "use a larger --batch-size",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
     "overloaded": "offer less than what is completed",
@@ -59,12 +60,14 @@ REMEDIES = {
     "samples-failed": "mend the model",
     "samples-missing": "return every group",
     "shares-by-rate": "leave --shares rate out",
+    "stamps-contradict": "let the engine stamp started and finished",
     "start-late": "more ranks than cores",
     "throttled": "check power limit, cooling",
     "headline-unknown": "mend what the sentence names",
     "trend": "give a longer --warmup",
     "until-not-reached": "give a longer --duration for each window",
     "window-brief": "measure for longer",
+    "window-missing": "salvage the run",
     "window-short": "give a longer --warmup",
 }
 """Of every finding that there is, words of its remedy."""
@@ -298,6 +301,37 @@ def test_outputs_differ(tmp_path: Path) -> None:
     assert "2 of 199 outputs kept from the window differ from the accuracy pass" in finding.message
     assert (finding.value, finding.limit) == (2 / 199, 0.01)
     assert "mixes up groups or reuses a buffer" in finding.remedy
+
+
+@pytest.mark.parametrize(
+    ("column", "stamp", "wrong"),
+    [
+        ("started", lambda log, row: log.issued[row], False),
+        ("started", lambda log, row: log.issued[row] - 1, True),
+        ("started", lambda log, row: log.finished[row], False),
+        ("started", lambda log, row: log.finished[row] + 1, True),
+        ("finished", lambda log, row: log.started[row], False),
+        ("finished", lambda log, row: log.started[row] - 1, True),
+        ("finished", lambda log, row: log.completed[row], False),
+        ("finished", lambda log, row: log.completed[row] + 1, True),
+        ("started", lambda _log, _row: -5, True),
+        ("started", lambda _log, _row: 0, False),  # unknown
+    ],
+)
+def test_stamps_contradict(tmp_path: Path, column: str, stamp: Any, wrong: bool) -> None:
+    def change(rank: Rank) -> None:
+        row = rank.row(3)
+        getattr(rank.log, column)[row] = stamp(rank.log, row)
+
+    if not wrong:
+        assert found(tmp_path, on(1, change)) == ("VALID", [])
+        return
+    state, finding = only(tmp_path, on(1, change))
+    assert state == "INVALID"
+    assert about(finding) == ("invalid", "stamps-contradict", 1, "node-1")
+    assert "stamps of 1 of 10 groups contradict" in finding.message
+    assert (finding.value, finding.limit) == (1, 0)
+    assert load_run(tmp_path / "r").result()["metrics"]["service.p50"]["n"] == 19
 
 
 # Device
