@@ -149,7 +149,7 @@ def bound(text: str) -> list[dict[str, Any]]:
         ("697us@p90", "VALID", None),
         ("350us@p50", "INVALID", "bound-missed"),
         ("508us@p50", "UNDECIDED", "bound-undecided"),
-        ("502us@p50", "UNDECIDED", "bound-undecided"),
+        ("499us@p50", "UNDECIDED", "bound-undecided"),
         ("ttft=1s@p99", "UNDECIDED", "bound-undecided"),
     ],
 )
