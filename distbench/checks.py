@@ -175,8 +175,8 @@ def _stamps(record: RankRecord, t: RankTimes) -> list[Finding]:
             record,
             "stamps-contradict",
             f"rank {t.rank} ({record.host}): the engine's stamps of {t.contradicting} of "
-            f"{t.groups} groups contradict: not issued <= started <= finished <= completed; they are "
-            "left out of service",
+            f"{t.groups} groups contradict: not issued <= started <= finished <= completed; they "
+            "are left out of service",
             t.contradicting,
             "let the engine stamp started and finished, in this order, with distbench.clock.now_ns",
         )

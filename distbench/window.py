@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -59,10 +59,12 @@ class Course:
     Attributes:
         number: of the next window, from 0.
         planned: how many there are to be by the last decision; 0 for a command of one window.
+        accurate: outputs of the accuracy pass, which the first window had, by sample index.
     """
 
     number: int = 0
     planned: int = 0
+    accurate: dict[int, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, int] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
@@ -184,7 +186,11 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, course: Cours
                 sut, world, settings.batch_size, raised, course.number > 0, tell
             )
         indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
-        recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
+        if course.number == 0:
+            # Each window keeps the outputs of the same samples: no others are needed.
+            wanted = {index for each in indices_of.values() for index in each}
+            course.accurate = {index: accurate[index] for index in wanted & accurate.keys()}
+        recorder.after["outputs"] = finish.check_outputs(kept, indices_of, course.accurate)
         recorder.after["score"] = score
         return finish.finish(world, recorder, before, shard)
     except BaseException as error:
