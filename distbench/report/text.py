@@ -55,14 +55,16 @@ def _verdict(result: dict[str, Any]) -> str:
 
 def _gates(result: dict[str, Any]) -> list[str]:
     """Return the gates of the rules, a line each; nothing without rules."""
-    lines = []
-    for gate in result["verdict"]["rules"]["gates"]:
+    rules, lines = result["verdict"]["rules"], []
+    for gate in rules["gates"]:
         word = "passed" if gate["passed"] else "FAILED"
         more = f"; {gate['needed']:,} more are needed" if gate["needed"] else ""
         value, limit = f"{gate['value']:,.10g}", f"{gate['limit']:,.10g}"
         lines.append(
             f"gate             {gate['name']}: {value} {gate['unit']}, limit {limit}: {word}{more}"
         )
+    if lines and "window" in rules:
+        lines.insert(0, f"gates of window {rules['window']}, which of all windows fares worst")
     return [*lines, ""] if lines else []
 
 

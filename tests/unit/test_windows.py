@@ -173,6 +173,38 @@ def test_windows_of_two_commands_are_not_mixed(tmp_path: Path) -> None:
     assert any("windows of different runs are mixed here" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("rules", "slowest", "word", "window"),
+    [
+        ("none", 0, None, "000"),
+        ("mlperf-v5.0,shortened=990ms", 0, "SHORTENED", "000"),
+        ("mlperf-v5.0,shortened=1100ms", 2, "INVALID", "000"),
+        # Ten groups of 100 ms last 1 s.
+        ("mlperf-v5.0,shortened=1001ms", 2, "INVALID", "000"),
+        ("mlperf-v5.0,shortened=999ms", 2, "INVALID", "002"),
+    ],
+)
+def test_the_worst_word_of_the_rules_counts(
+    tmp_path: Path, rules: str, slowest: int, word: str | None, window: str
+) -> None:
+    def change(ranks: list[Rank]) -> None:
+        for rank in ranks:
+            rank.before["rules"] = rules
+            rank.before["model"]["total"] = 64
+
+    group_ns = list(EVEN)
+    if slowest:
+        group_ns[slowest] = 99_000_000
+    folder = make_windows(tmp_path / "r", group_ns, change=change)
+    found = load_run(folder).result()["verdict"]["rules"]
+    assert (found["result"], found["window"]) == (word, window)
+    text = load_run(folder).report()
+    assert (f"gates of window {window}, which of all windows" in text) == (word is not None)
+    if word == "INVALID":
+        assert not all(gate["passed"] for gate in found["gates"])
+        assert text.startswith("MEASUREMENT VALID; MLPerf v5.0 gates: INVALID")
+
+
 def test_no_window_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "windows" / "000" / "ranks").mkdir(parents=True)
     several = load_run(tmp_path)
