@@ -157,6 +157,31 @@ def _breaking(out: str, broken: bool) -> list[dict[str, Any]]:
         return [{"outputs": r.present[1].after["outputs"], **r.result()} for r in several.runs]
 
 
+def _counting(out: str) -> dict[str, Any]:
+    import gc
+
+    from distbench import finish
+    from distbench.run import RankRecord
+
+    alive: list[int] = []
+    original = finish.finish
+
+    def counted(*args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(isinstance(each, RankRecord) for each in gc.get_objects()))
+        return original(*args)
+
+    finish.finish = counted
+    told = _until(out, 0.5)
+    return {"alive": alive, **told}
+
+
+def test_no_window_is_kept_in_memory_for_the_next_one(tmp_path: Path) -> None:
+    for told in run_ranks(_counting, 2, str(tmp_path)):
+        assert len(told["alive"]) == len(told["result"]["windows"]) >= 4
+        assert set(told["alive"]) == {0}
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_outputs_of_every_window_are_held_against_the_accuracy_pass(
     tmp_path: Path, broken: bool
