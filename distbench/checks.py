@@ -125,7 +125,7 @@ def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
                 "mend the model; its log has the rest",
             )
         )
-    if t.pending and t.whole and not after.get("end") and after:
+    if t.pending and t.whole and not after.get("end") and after and not after.get("halted"):
         found.append(
             _fact(
                 record,

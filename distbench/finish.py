@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,8 @@ from distbench.windows import Windows, windows_result
 if TYPE_CHECKING:
     from distbench.world import World
 
-TOLERANCE = 1e-3
-"""Relative difference of float outputs between batch sizes in fp32; bf16 is compared by 2e-2."""
+TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
+"""Relative difference of float outputs between batch sizes; the second in bf16 and fp16."""
 
 
 def accuracy_pass(
@@ -78,8 +79,16 @@ def accuracy_pass(
     return {"right": right, "of": total, "reason": ""}, by_index
 
 
+def tolerance(sut: SystemUnderTest) -> float:
+    """Return by how much float outputs for one sample may differ, by what the SUT computes in."""
+    return HALF_TOLERANCE if getattr(sut, "dtype", None) in ("bf16", "fp16") else TOLERANCE
+
+
 def check_outputs(
-    kept: dict[int, Any], indices_of: dict[int, Sequence[int]], accurate: dict[int, Any]
+    kept: dict[int, Any],
+    indices_of: dict[int, Sequence[int]],
+    accurate: dict[int, Any],
+    within: float = TOLERANCE,
 ) -> dict[str, int]:
     """Check the outputs that were kept from the window.
 
@@ -87,6 +96,7 @@ def check_outputs(
         kept: outputs by the group's row; None where the group did not end well.
         indices_of: sample indices of each kept group.
         accurate: outputs of the accuracy pass by sample index.
+        within: relative difference that is rounding; see ``tolerance``.
 
     Returns:
         Counts: groups checked, non_finite groups, outputs compared, outputs different.
@@ -100,7 +110,7 @@ def check_outputs(
         for index, output in zip(indices_of[row], outputs, strict=False):
             if index in accurate:
                 counts["compared"] += 1
-                counts["different"] += not alike(output, accurate[index])
+                counts["different"] += not alike(output, accurate[index], within)
     return counts
 
 
@@ -127,21 +137,23 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any, within: float = TOLERANCE) -> bool:
     """Tell whether two outputs for one sample agree: exactly, or within rounding for floats."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(
+            alike(one[key], other[key], within) for key in one
+        )
     try:
         a, b = _array(one), _array(other)
     except (TypeError, ValueError, RuntimeError):
-        return len(one) == len(other) and all(map(alike, one, other))
+        return len(one) == len(other) and all(map(alike, one, other, repeat(within)))
     if a.shape != b.shape:
         return False
     if a.dtype.kind == "O" and a.ndim:
-        return all(map(alike, a.flat, b.flat))
+        return all(map(alike, a.flat, b.flat, repeat(within)))
     if a.dtype.kind == "f" and b.dtype.kind in "fiu":
         scale = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
-        return bool(np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * scale))
+        return bool(np.allclose(a, b, rtol=within, atol=within * scale))
     return bool(np.all(a == b))
 
 

@@ -223,7 +223,8 @@ class Recorder:
         self._flusher.join(timeout=5)
 
     def _progress(self) -> tuple[int, float]:
-        return self.log.ended[0], self.stall_s if self.flying else float("inf")
+        busy = self.flying and not self.log.idle[0]
+        return self.log.ended[0], self.stall_s if busy else float("inf")
 
     def _tick(self) -> None:
         if self.flying:

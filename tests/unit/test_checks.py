@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from distbench.checks import ALIKE, GPU_ALIKE, PEAK_OPS
+from distbench.pace import BRIEF_NS
 from distbench.times import LATE_NS
-from distbench.trust import BRIEF_NS
 
 from .synthetic import Rank
 from .test_verdict import about, found, on, only

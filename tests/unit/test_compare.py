@@ -314,6 +314,16 @@ UNLIKE = [
         "model",
         "model.digest (unset and sha256:1)",
     ),
+    (
+        lambda r: r["window"]["model"].update(dtype="fp16"),
+        "dtype",
+        "model.dtype (unset and fp16)",
+    ),
+    (
+        environment("cudnn_allow_tf32", True),
+        "dtype",
+        "cudnn_allow_tf32 (unknown and true)",
+    ),
     (environment("python", "3.12.1"), "python", "python (3.11.9 and 3.12.1)"),
     (environment("torch_version", "2.13"), "torch", "torch_version (unknown and 2.13)"),
     (environment("nccl_version", "2.27"), "torch", "nccl_version (unknown and 2.27)"),

@@ -19,10 +19,10 @@ import pytest
 
 from distbench import preamble, verdict
 from distbench.findings import Finding, status
-from distbench.prepare import Settings
 from distbench.report import __main__ as report
 from distbench.report.text import SAME_FINDINGS
 from distbench.run import load_run
+from distbench.settings import Settings
 
 from .synthetic import GPU, OFFSET_NS, START_NS, Change, Rank, in_memory, make_run
 
@@ -31,6 +31,8 @@ ROOT = Path(verdict.__file__).parent
 REMEDIES = {
     "above-roofline": "whether outputs are cached",
     "accuracy-low": "check the weights and the precision",
+    "bound-missed": "lower --target-qps",
+    "bound-undecided": "run longer (--duration)",
     "clock-bound": "measure for longer (--duration)",
     "clock-contradiction": "a virtual machine is paused or moved",
     "device-note": "give --device",
@@ -41,9 +43,11 @@ REMEDIES = {
     "harness-cost": "use a larger --batch-size",
     "interference": "stop other work on the host",
     "issue-late": "stop other work on the host",
+    "issue-lateness": "leave a processor free",
     "judged-by-all": "copy the folders of the other ranks",
     "launch-bound": "use a larger --batch-size",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
+    "overloaded": "offer less than what is completed",
     "outputs-differ": "mixes up groups or reuses a buffer",
     "outputs-non-finite": "check the weights, and the precision",
     "rank-failed": "mend what the sentence names",
@@ -59,7 +63,7 @@ REMEDIES = {
     "stamps-contradict": "let the engine stamp started and finished",
     "start-late": "more ranks than cores",
     "throttled": "check power limit, cooling",
-    "throughput-unknown": "mend what the sentence names",
+    "headline-unknown": "mend what the sentence names",
     "trend": "give a longer --warmup",
     "until-not-reached": "give a longer --duration for each window",
     "window-brief": "measure for longer",
@@ -553,11 +557,11 @@ def test_launch_bound(tmp_path: Path, device_ns: int, bound: bool) -> None:
     assert "--batch-size" in finding.remedy
 
 
-def test_throughput_unknown(tmp_path: Path) -> None:
+def test_headline_unknown(tmp_path: Path) -> None:
     change = on(0, lambda rank: (rank.after or {})["exchanges"].update({"1": []}))
     state, finding = only(tmp_path, change)
     assert state == "INVALID"
-    assert about(finding) == ("invalid", "throughput-unknown", None, "")
+    assert about(finding) == ("invalid", "headline-unknown", None, "")
     assert finding.message == (
         "throughput is unknown: rank 1 completed nothing or its clock was not measured"
     )
