@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from distbench.clock import now_ns
+from distbench.errors import DistbenchError
 from distbench.sut import Done, Echo, Sleep
 from distbench.verify import verify
 from distbench.windows import Windows, load_run
@@ -84,13 +85,23 @@ def _sharded(out: str, samples: str, sut: Any = None) -> dict[str, Any]:
         run = run_offline(
             sut or Echo(), world, output_dir=own, warmup_s=0.05, num_samples=6_400, samples=samples
         )
-        return {"result": run.result(), "folder": str(run.folder or "")}
+        reached = []
+        for record in run.present:
+            try:
+                reached.append(len(record.column("completed")))
+            except DistbenchError as error:
+                reached.append(str(error))
+        return {"result": run.result(), "folder": str(run.folder or ""), "reached": reached}
 
 
 def test_samples_that_stay_on_their_ranks_give_the_same_figures(tmp_path: Path) -> None:
     told = run_ranks(_sharded, 2, str(tmp_path), "shard")
     result = told[0]["result"]
     assert told[1]["result"] == result
+    for rank in (0, 1):
+        reached = told[rank]["reached"]
+        assert reached[rank] == 3_200
+        assert "stay on its disk (--samples shard): reach them through" in reached[1 - rank]
     folder = Path(told[0]["folder"])
     assert json.loads((folder / "result.json").read_bytes()) == result
     assert [path.name for path in sorted((folder / "ranks").iterdir())] == ["00000"]
@@ -114,6 +125,7 @@ def test_gathered_samples_are_all_with_rank_0(tmp_path: Path) -> None:
     folder = Path(told[0]["folder"])
     assert verify(folder) == (0, [])
     assert len(list((folder / "ranks").iterdir())) == 2
+    assert [each["reached"] for each in told] == [[3_200, 3_200]] * 2
 
 
 class Breaks(Echo):
