@@ -40,7 +40,7 @@ REMEDIES = {
     "environments-differ": "measure each alone",
     "foreign-process": "end it, or wait for it",
     "foreign-unknown": "make NVML usable there",
-    "harness-cost": "use a larger --batch-size",
+    "harness-cost": "a model that does some work",
     "interference": "stop other work on the host",
     "issue-late": "stop other work on the host",
     "issue-lateness": "leave a processor free",
