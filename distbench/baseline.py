@@ -1,7 +1,8 @@
 """Keep what a cluster did in a few launches, and hold later launches against it.
 
-    python -m distbench.baseline record NAME DIR...
-    python -m distbench.baseline check NAME DIR...
+    for i in 1 2 3 4 5; do python -m distbench.offline --name before; done
+    python -m distbench.baseline record NAME results/*-before-*
+    python -m distbench.baseline check NAME results/*-after-*         launched with --name after
 
 ``record`` stores the launches' figures and what describes the hosts in baselines/NAME.json, and
 says how far launches of one thing fall apart, and so the smallest difference that this cluster can

@@ -1,6 +1,7 @@
 """Compare launches of one thing with launches of another: how much faster, and is it certain.
 
-    python -m distbench.compare results/a1 results/a2 results/a3 -- results/b1 results/b2 results/b3
+    for i in 1 2 3 4 5; do python -m distbench.offline --name a; done     and with --name b
+    python -m distbench.compare results/*-a-* -- results/*-b-*
 
 The unit is the launch: windows of one process share its memory layout, its clocks and its luck, so
 that only launches show how far a repeat may fall from the figure. Welch's t on the logarithms gives

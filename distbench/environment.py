@@ -252,6 +252,14 @@ def _git_commit() -> str:
     return _git("rev-parse", "--verify", "HEAD")
 
 
+def code_version() -> dict[str, str | None]:
+    """Return which distbench this is: its version, and its commit if it runs from a checkout."""
+    commit = None
+    with suppress(_UnknownError):
+        commit = _git_commit()
+    return {"distbench_version": distbench.__version__, "git_commit": commit}
+
+
 def _git_dirty() -> bool:
     """Tell whether the package differs from the commit, files that git does not know included."""
     _git_commit()

@@ -189,7 +189,13 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     run = Run(
         world.world_size,
         tuple(
-            RankRecord(rank, told[rank][0], told[rank][1], rows[rank])
+            RankRecord(
+                rank,
+                told[rank][0],
+                told[rank][1],
+                rows[rank],
+                elsewhere=shard and rank != world.rank,
+            )
             for rank in range(world.world_size)
         ),
         recorder.folder.path if world.rank == 0 else None,

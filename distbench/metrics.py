@@ -207,13 +207,28 @@ def accuracy(run: Run) -> dict[str, Any]:
     return metric(value, "1", int(scored), shown, reason="" if scored else "nothing was scored")
 
 
+LATER_WINDOW = (
+    "the peak since the process began holds what gathering and judging earlier windows took: see "
+    "the first window"
+)
+
+
+def memory_peak(record: RankRecord) -> int | None:
+    """Return a rank's peak of memory in bytes; None where it is unknown or not the model's own."""
+    if (record.before.get("window") or {}).get("number", 0) > 0:
+        return None
+    peak = (record.after or {}).get("memory_peak_bytes")
+    return None if peak is None else int(peak)
+
+
 def _memory(run: Run) -> dict[str, Any]:
-    peaks = [(r.after or {}).get("memory_peak_bytes") for r in run.present]
-    known = [p for p in peaks if p is not None]
+    later = (run.first.before.get("window") or {}).get("number", 0) > 0
+    known = [peak for r in run.present if (peak := memory_peak(r)) is not None]
     on_gpu = any(r.before["device"]["type"] == "cuda" for r in run.present)
     what = "device memory allocated by torch" if on_gpu else "resident memory of the process"
     if not known:
-        return metric(None, "B", 0, f"largest over ranks: {what}", reason="not recorded")
+        reason = LATER_WINDOW if later else "not recorded"
+        return metric(None, "B", 0, f"largest over ranks: {what}", reason=reason)
     return metric(max(known), "B", len(known), f"largest over ranks: {what}")
 
 
@@ -245,7 +260,7 @@ def per_rank(run: Run, times: list[RankTimes], span: Makespan) -> list[dict[str,
                     "throughput": t.ok / own if own else None,
                     "share": t.ok / total if total else None,
                     "device_busy": device_ns / NS / own if own and device_ns else None,
-                    "memory.peak": (record.after or {}).get("memory_peak_bytes"),
+                    "memory.peak": memory_peak(record),
                     "memory.total": memory_total(record),
                     **{name: value_ns / NS for name, value_ns in t.own.items()},
                 },

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distbench.arrivals import offline_samples
+from distbench.arrivals import LONGEST_S, NS, offline_samples, single_stream_queries
 from distbench.cli import (
     Option,
     one_of,
@@ -28,10 +28,13 @@ from distbench.early_stopping import least_queries, over_allowed
 from distbench.errors import EXIT_OK, EXIT_STRICT, UsageError
 from distbench.gates import WORDING
 from distbench.metrics import QUANTILES
+from distbench.rounds import PERCENTILES
 from distbench.rules import Limits, Rules, limits, parse_rules
 from distbench.stats import least_samples
 
 CONFIDENCE = 0.95
+MOST = 1e15
+"""Queries or samples: no window of MLPerf's length has more, and a double still counts them."""
 ALL = tuple(QUANTILES.items())
 SCENARIOS = ("offline", "server", "singlestream", "multistream")
 
@@ -74,43 +77,78 @@ def plan(
         rules: of a round, or none.
         model: of the round; "" for another.
         duration_ns: least duration asked for; by default the round's, or 5 s.
-        queries: exactly so many instead.
+        queries: exactly so many instead; of Offline, samples.
         latency_ns: Server's limit where the round does not know the model.
 
     Raises:
-        UsageError: the round has no such model or limit.
+        UsageError: the round has no such model or limit, or no window could be so large.
     """
     judged = None
     if rules.round is not None:
-        judged = limits(rules, scenario, model, latency_ns=latency_ns)
+        judged = limits(rules, scenario, model, latency_ns=latency_ns, option="--latency")
     asked_ns = duration_ns or (judged.min_duration_ns if judged else 5_000_000_000)
+    if asked_ns / NS * rate_qps > MOST:
+        raise UsageError(
+            f"{rate_qps:g}/s for {_duration(asked_ns / NS)} are more than anything could issue: "
+            "give as --target-qps the rate of a short run"
+        )
     least = judged.min_queries if judged else 1
     n = queries or _queries(scenario, rate_qps, asked_ns, least, _multiple(rules, model))
     wall_s = n / rate_qps
-    lines = [f"queries          {n:,} in {_duration(wall_s)}"]
+    if wall_s > LONGEST_S:
+        raise UsageError(
+            f"{n:,} {_unit(scenario)} at {rate_qps:g}/s would take more than three years: give as "
+            "--target-qps the rate of a short run"
+        )
+    lines = [f"{_unit(scenario).ljust(17)}{n:,} in {_duration(wall_s)}"]
     problems: list[str] = []
     budget = None
     if judged is not None:
         problems += _under_rules(scenario, n, wall_s, rate_qps, judged)
         if scenario != "offline":
             budget = over_allowed(n, judged.percentile)
-            lines.append(_budget(n, judged, budget))
+            lines.append(_budget(scenario, n, judged, budget))
     if scenario != "offline":  # whose latencies are places in one queue
-        few = [label for label, q in QUANTILES.items() if n < least_samples(q, CONFIDENCE)]
-        lines.append(
-            "intervals        "
-            + ", ".join(f"{label} from {least_samples(q, CONFIDENCE):,}" for label, q in ALL)
-            + " independent queries"
-        )
-        if few:
-            lines.append(f"                 not resolvable with {n:,}: {', '.join(few)}")
+        lines += _intervals(n)
+    if scenario == "server":
+        limit_ns = latency_ns if judged is None else judged.latency_ns
+        problems += _undecided(n, rate_qps, limit_ns)
     return Plan(n, wall_s, budget, tuple(lines), tuple(problems))
+
+
+def _unit(scenario: str) -> str:
+    return "samples" if scenario == "offline" else "queries"
+
+
+def _intervals(n: int) -> list[str]:
+    few = [label for label, q in ALL if n < least_samples(q, CONFIDENCE)]
+    return [
+        "intervals        "
+        + ", ".join(f"{label} from {least_samples(q, CONFIDENCE):,}" for label, q in ALL)
+        + " independent queries",
+        *[f"                 not resolvable with {n:,}: {', '.join(few)}"] * bool(few),
+    ]
+
+
+def _undecided(n: int, rate_qps: float, limit_ns: int | None) -> list[str]:
+    """Return that the judged percentile, Server's p99, would have no interval to hold to it."""
+    least = least_samples(PERCENTILES["server"], CONFIDENCE)
+    if limit_ns is None or n >= least:
+        return []
+    return [
+        f"UNDECIDED by construction: the interval of p99, which the limit judges, needs {least:,} "
+        f"independent queries, and {n:,} are planned: give --num-queries {least} or more, which "
+        f"takes {_duration(least / rate_qps)}"
+    ]
 
 
 def _queries(scenario: str, rate_qps: float, duration_ns: int, least: int, multiple: int) -> int:
     """Return how many queries LoadGen would issue; of Server's random schedule the mean."""
     if scenario == "offline":
         return offline_samples(least, duration_ns, rate_qps, multiple)
+    if scenario == "singlestream" and multiple > 1:
+        expected_ns = max(1, round(NS / rate_qps))
+        return single_stream_queries(least, duration_ns, expected_ns, multiple)
     n = max(least, math.ceil(duration_ns / 1e9 * rate_qps))
     return n + -n % multiple
 
@@ -128,7 +166,7 @@ def _under_rules(
 ) -> list[str]:
     """Return what the gates would refuse whatever the latencies are."""
     found = []
-    shown = "samples" if scenario == "offline" else "queries"
+    shown = _unit(scenario)
     if n < judged.min_queries:
         found.append(
             f"INVALID by construction: {n:,} {shown}, and the rules ask for {judged.min_queries:,}"
@@ -154,8 +192,15 @@ def _under_rules(
     return found
 
 
-def _budget(n: int, judged: Limits, budget: int | None) -> str:
+def _budget(scenario: str, n: int, judged: Limits, budget: int | None) -> str:
     label = f"p{100 * judged.percentile:g}"
+    if scenario != "server":  # no limit: early stopping estimates the percentile
+        if not budget:
+            return f"early stopping   {n:,} queries are too few for an estimate of {label}"
+        return (
+            f"early stopping   its estimate of {label} leaves out the {budget - 1:,} longest of "
+            f"{n:,} latencies, and is the longest of the others"
+        )
     if budget is None:
         return f"early stopping   {n:,} queries are too few for {label}, even if none is over"
     plain = n - 1 - int(n * judged.percentile)
@@ -185,6 +230,7 @@ OPTIONS = (
     Option("latency", None, positive_duration_ns, "Server's limit for another model", "TIME"),
     Option("duration", None, positive_duration_ns, "instead of the rules' minimum", "TIME"),
     Option("num-queries", None, positive, "exactly so many, in place of a duration", "N"),
+    Option("num-samples", None, positive, "the same of Offline, which counts samples", "N"),
     Option("strict", None, None, "exit 3 where the run could not be VALID"),
 )
 
@@ -198,13 +244,19 @@ def main(argv: Sequence[str]) -> int:
     v = parse("distbench.plan", __doc__ or "", OPTIONS, argv).values
     if v["target_qps"] is None:
         raise UsageError("--target-qps is needed: the rate you expect, from a short run")
+    own, other = "num_queries", "num_samples"
+    if v["scenario"] == "offline":
+        own, other = other, own
+    if v[other] is not None:
+        names = [f"--{name.replace('_', '-')}" for name in (other, own)]
+        raise UsageError(f"{names[0]}: {v['scenario']} counts {own[4:]}, give {names[1]}")
     made = plan(
         v["scenario"],
         v["target_qps"],
         v["rules"],
         model=v["model"],
         duration_ns=v["duration"],
-        queries=v["num_queries"],
+        queries=v[own],
         latency_ns=v["latency"],
     )
     name = v["rules"].name

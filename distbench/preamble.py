@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from distbench.files import to_json
 from distbench.findings import Finding
 from distbench.gpus import foreign_processes
 from distbench.nvml import nvml_snapshot
-from distbench.prepare import Part, Warmup
+from distbench.prepare import HEADROOM, Part, Warmup
+from distbench.rounds import MIN_DURATION_NS
+from distbench.rules import parse_rules
 from distbench.run import SCHEMA_VERSION
 from distbench.settings import Settings
 from distbench.sut import SystemUnderTest
@@ -64,6 +67,9 @@ def agree_on_run(world: World, sut: SystemUnderTest, settings: Settings) -> None
         "what the model computes in": getattr(sut, "dtype", None),
     }
     world.agree("model", model, "give every node the same model files")
+    if world.rank == 0 and not settings.quiet:
+        for found in rules_too_short(settings):
+            sys.stderr.write(f"distbench: {found.message}; {found.remedy}\n")
 
 
 def digest_of(sut: SystemUnderTest) -> str:
@@ -85,7 +91,7 @@ def describe_rank(
 ) -> dict[str, Any]:
     """Return this rank's rank.json: everything known before the window."""
     snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
-    known = [*world.findings, *_planned(settings, rates, part.cut)]
+    known = [*world.findings, *_planned(settings, rates, part.cut), *rules_too_short(settings)]
     return {
         "schema_version": SCHEMA_VERSION,
         "scenario": scenario,
@@ -206,6 +212,32 @@ def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Find
             )
         )
     return found
+
+
+def rules_too_short(settings: Settings) -> list[Finding]:
+    """Return the finding that a window of --duration cannot last as long as the rules ask for."""
+    rules, load = parse_rules(settings.rules), settings.load
+    traced = load is not None and load.arrival.startswith("trace:")
+    if rules.round is None or settings.num_samples is not None or traced:
+        return []
+    least_s = (rules.shortened_ns or MIN_DURATION_NS) / 1e9
+    asked_s = settings.duration_ns / 1e9
+    # A schedule ends as asked; what is planned from a warm-up rate lasts a little longer.
+    longest_s = asked_s * (HEADROOM if load is None else 1)
+    if longest_s >= least_s:
+        return []
+    return [
+        Finding(
+            "info",
+            "rules-too-short",
+            f"a window of --duration {asked_s:g}s cannot last the {least_s:g} s that {rules.name} "
+            "asks for, so its gates will say INVALID",
+            value=asked_s,
+            limit=least_s,
+            remedy=f"give --duration {least_s:g}s, or --rules {settings.rules.split(',')[0]},"
+            f"shortened={asked_s:g}s to try things out",
+        )
+    ]
 
 
 def _plain_config(settings: Settings) -> dict[str, Any]:

@@ -135,7 +135,10 @@ class Round:
             if model.name == name:
                 return model
         names = [model.name for model in self.models]
-        raise UsageError(f"{self.name} has no model {name!r}{nearest(name, names)}")
+        raise UsageError(
+            f"{self.name} has no model {name!r}{nearest(name, names)}; it has {', '.join(names)}: "
+            "leave the model out for another"
+        )
 
 
 _BOTH, _OFFLINE = ("server", "offline"), ("offline",)

@@ -89,6 +89,7 @@ def limits(
     interactive: bool = False,
     dataset_size: int | None = None,
     latency_ns: int | None = None,
+    option: str = "--latency-bound",
 ) -> Limits:
     """Return a round's limits.
 
@@ -99,6 +100,7 @@ def limits(
         interactive: Server's interactive variant.
         dataset_size: samples of a model that the round does not have.
         latency_ns: Server's limit for such a model, ns.
+        option: of the command, that gives this limit.
 
     Raises:
         UsageError: no round; or the round has no such model, variant or limit.
@@ -126,6 +128,6 @@ def limits(
     limit = known.server_latency_ns if known else latency_ns
     if limit is None:
         raise UsageError(
-            f"{rules.name} has no Server limit for {model or 'this model'}: give --latency-bound"
+            f"{rules.name} has no Server limit for {model or 'this model'}: give {option}"
         )
     return Limits(latency_ns=limit, **common)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from distbench import files
 from distbench.clock import ClockModel, Exchange
-from distbench.errors import UsageError, where
+from distbench.errors import DistbenchError, UsageError, where
 from distbench.findings import Finding
 from distbench.samples import npy_bytes, read_rows, spread_column
 
@@ -44,6 +44,8 @@ class RankRecord:
         rows: shape (used, columns), int64, as in samples.npy: a group's stamps in its first row;
             None where the file is missing or damaged.
         problem: why something is None, "" otherwise.
+        elsewhere: whether its samples stay on that rank, which is another: ``rows`` is None, and
+            nothing is lost.
     """
 
     rank: int
@@ -51,6 +53,7 @@ class RankRecord:
     after: dict[str, Any] | None
     rows: Rows | None
     problem: str = ""
+    elsewhere: bool = False
 
     @property
     def host(self) -> str:
@@ -58,13 +61,21 @@ class RankRecord:
         return str(self.before["host"])
 
     def column(self, name: str) -> Rows:
-        """Return one column for every sample, stamps spread over their groups; shape (used,)."""
+        """Return one column for every sample, stamps spread over their groups; shape (used,).
+
+        Empty where samples were lost.
+
+        Raises:
+            DistbenchError: they stay on another rank.
+        """
+        self._must_be_here()
         if self.rows is None:
             return np.zeros(0, np.int64)
         return spread_column(self.rows, self.before["columns"], name)
 
     def first_rows(self, name: str) -> Rows:
-        """Return one column for every ended group; shape (groups,)."""
+        """Return one column for every ended group; shape (groups,). See ``column``."""
+        self._must_be_here()
         if self.rows is None or name not in self.before["columns"]:
             return np.zeros(0, np.int64)
         columns = self.before["columns"]
@@ -72,6 +83,14 @@ class RankRecord:
             self.rows[:, columns.index("completed")] >= 0
         )
         return np.asarray(self.rows[ended, columns.index(name)])
+
+    def _must_be_here(self) -> None:
+        """Refuse to pass off samples that are on another rank as none at all."""
+        if self.elsewhere:
+            raise DistbenchError(
+                f"the samples of {where(self.rank, self.host)} stay on its disk (--samples shard): "
+                "reach them through the pool's gather and order, on all ranks alike"
+            )
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     python -m distbench.verify results/20260101T000000Z-offline-0123abcd
 
-Exit status: 0 good, 1 mismatch, 6 incomplete (a rank or a file is missing). Needs no torch.
+Exit status: 0 good, 1 mismatch, 6 incomplete (a rank or a file is missing), 2 no result directory;
+of several the worst, in the order 1, 6, 2. Needs no torch.
 """
 
 from __future__ import annotations
@@ -15,12 +16,20 @@ from typing import Any
 
 from distbench import files
 from distbench.cli import run_command
-from distbench.errors import EXIT_CRASH, EXIT_INCOMPLETE, EXIT_OK, UsageError
+from distbench.environment import code_version
+from distbench.errors import EXIT_CRASH, EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
 from distbench.report.text import to_text
 from distbench.run import load_run as load_window
 from distbench.windows import load_run, window_folders
 
 SHOWN = 40
+WORDS = {
+    EXIT_OK: "good",
+    EXIT_USAGE: "no result directory",
+    EXIT_INCOMPLETE: "INCOMPLETE",
+    EXIT_CRASH: "MISMATCH",
+}
+"""What each exit status is called; the worst comes last."""
 AGREES = "the run is INCOMPLETE, and its figures agree"
 
 
@@ -110,8 +119,28 @@ def check_figures(folder: Path, computed: dict[str, Any]) -> list[str]:
         computed: from its rank folders.
 
     Returns:
-        One line for each place where they differ.
+        One line for each place where they differ; before them, whether another distbench made it.
     """
+    wrong = _differing(folder, computed)
+    return [*made_by_another(computed), *wrong] if wrong else []
+
+
+def made_by_another(result: dict[str, Any]) -> list[str]:
+    """Say that another distbench made a result than this one, which may compute otherwise."""
+    environment = result["environment"]
+    recorded = {**environment["ranks"][0], **environment["common"]}
+    own = code_version()
+    for name, word in (("distbench_version", "distbench"), ("git_commit", "commit")):
+        made, here = recorded.get(name), own[name]
+        if made and here and made != here:
+            return [
+                f"made by {word} {made}, this is {here}: see Numbers in CHANGELOG.md, or verify it "
+                "with the version that made it"
+            ]
+    return []
+
+
+def _differing(folder: Path, computed: dict[str, Any]) -> list[str]:
     wrong: list[str] = []
     if (folder / "result.json").is_file():
         try:
@@ -214,17 +243,19 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; returns the exit status."""
     if not argv or "--help" in argv or "-h" in argv:
         sys.stdout.write((__doc__ or "") + "\n")
-        return EXIT_OK if argv else 2
+        return EXIT_OK if argv else EXIT_USAGE
     worst = EXIT_OK
     for name in argv:
-        status, lines = verify(Path(name))
-        word = {EXIT_OK: "good", EXIT_CRASH: "MISMATCH", EXIT_INCOMPLETE: "INCOMPLETE"}[status]
-        sys.stdout.write(f"{name}: {word}\n")
+        try:
+            status, lines = verify(Path(name))
+        except UsageError as error:
+            status, lines = EXIT_USAGE, [str(error)]
+        sys.stdout.write(f"{name}: {WORDS[status]}\n")
         for line in lines[:SHOWN]:
             sys.stdout.write(f"  {line}\n")
         if len(lines) > SHOWN:
             sys.stdout.write(f"  and {len(lines) - SHOWN} more\n")
-        worst = worst if status == EXIT_OK or worst == EXIT_CRASH else status
+        worst = max(worst, status, key=list(WORDS).index)
     return worst
 
 

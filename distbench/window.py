@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +61,12 @@ class Turn:
     Attributes:
         number: of the next window, from 0.
         planned: how many there are to be by the last decision; 0 for a command of one window.
+        accurate: outputs of the accuracy pass, which the first window had, by sample index.
     """
 
     number: int = 0
     planned: int = 0
+    accurate: dict[int, Any] = field(default_factory=dict)
 
     def told(self) -> dict[str, int] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
@@ -188,8 +190,12 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
                 sut, world, settings.group, raised, turn.number > 0, tell
             )
         indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
+        if turn.number == 0:
+            # Windows keep outputs of the same rows: those of other samples are not needed.
+            near = {i for row in kept for i in log.index[row : row + part.group].tolist()}
+            turn.accurate = {index: accurate[index] for index in near & accurate.keys()}
         recorder.after["outputs"] = finish.check_outputs(
-            kept, indices_of, accurate, finish.tolerance(sut)
+            kept, indices_of, turn.accurate, finish.tolerance(sut)
         )
         recorder.after["score"] = score
         return finish.finish(world, recorder, before, shard)

@@ -25,6 +25,8 @@ from distbench.steady import Until, until_decision
 
 LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
+RULED = (None, "VALID", "SHORTENED", "INVALID")
+"""Words of the rules, the worst last."""
 SHOWN = 8
 """Windows that a finding names."""
 GAPS = "windows are missing, so those that are left are no sample of them"
@@ -137,7 +139,7 @@ def windows_result(
         "windows": [_line(name, each) for name, each in results.items()],
         "verdict": {
             "status": status(found),
-            "rules": _rules(every),
+            "rules": _rules(results),
             "findings": [asdict(finding) for finding in found],
         },
         "metrics": _metrics(every, whole, bool(absent)),
@@ -288,10 +290,11 @@ def _lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
     ]
 
 
-def _rules(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the word of the rules on the first window that they refuse, else on the first."""
-    every = [each["verdict"]["rules"] for each in results]
-    return next((rules for rules in every if rules["result"] != "VALID"), every[0])
+def _rules(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the worst word of the rules on a window, with the name of the first that it is on."""
+    every = {name: each["verdict"]["rules"] for name, each in results.items()}
+    worst = max(every, key=lambda name: RULED.index(every[name]["result"]))
+    return {**every[worst], "window": worst}
 
 
 def _line(name: str, result: dict[str, Any]) -> dict[str, Any]:
@@ -335,11 +338,13 @@ def _metrics(
             "n_eff": reached.windows,
             "reason": "",
         }
-    peaks = [each["metrics"]["memory.peak"] for each in results]
+    # The first window's: a later peak holds what the harness itself took in between.
+    peak = dict(results[0]["metrics"]["memory.peak"])
+    peak["definition"] += ", to the end of the first window"
     return {
         "throughput": found,
         "accuracy": results[0]["metrics"]["accuracy"],
-        "memory.peak": max(peaks, key=lambda peak: peak["value"] or 0.0),
+        "memory.peak": peak,
     }
 
 
@@ -370,6 +375,7 @@ def _per_rank(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     "throughput": samples / finish if finish else None,
                     "share": samples / total if total else None,
                     "device_busy": None if busy is None else busy / len(same),
+                    "memory.peak": same[0]["metrics"]["memory.peak"],
                 },
             }
         )

@@ -56,14 +56,19 @@ def _verdict(result: dict[str, Any]) -> str:
 
 def _gates(result: dict[str, Any]) -> list[str]:
     """Return the gates of the rules, a line each; nothing without rules."""
-    lines = []
-    for gate in result["verdict"]["rules"]["gates"]:
+    rules, lines = result["verdict"]["rules"], []
+    for gate in rules["gates"]:
         word = "passed" if gate["passed"] else "FAILED"
         more = f"; {gate['needed']:,} more are needed" if gate["needed"] else ""
-        value, limit = f"{gate['value']:,.10g}", f"{gate['limit']:,.10g}"
-        lines.append(
-            f"gate             {gate['name']}: {value} {gate['unit']}, limit {limit}: {word}{more}"
+        factor, unit = (
+            (1e3, "ms") if gate["unit"] == "s" and gate["limit"] < 1 else (1, gate["unit"])
         )
+        value, limit = (f"{gate[each] * factor:,.10g} {unit}" for each in ("value", "limit"))
+        least = gate["name"].startswith(("min_", "early_stopping"))
+        wanted = f"needs {limit} or more" if least else f"at most {limit}"
+        lines.append(f"gate             {gate['name']}: {value}, {wanted}: {word}{more}")
+    if lines and "window" in rules:
+        lines.insert(0, f"gates of window {rules['window']}, which of all windows fares worst")
     return [*lines, ""] if lines else []
 
 
@@ -265,7 +270,11 @@ def _ranks(result: dict[str, Any]) -> list[str]:
 
 def _trust(result: dict[str, Any]) -> list[str]:
     start, cost = result["start"], result["harness"]
-    late = first_of([str(rank) for rank in start["late_ranks"]]) or "none"
+    late = (
+        f"rank {first_of(list(map(str, start['late_ranks'])))}"
+        if start["late_ranks"]
+        else "no rank"
+    )
     switches = first_of(["?" if s is None else str(s) for s in cost["involuntary_switches"]])
     delays = first_of([duration(s) for s in cost["run_delay_s"]])
     skew = f"{duration(start['skew_s'])} +-{duration(start['bound_s'])}"
@@ -274,7 +283,7 @@ def _trust(result: dict[str, Any]) -> list[str]:
     attempts = "unknown" if start["attempts"] is None else start["attempts"]
     lines = [
         "TRUST",
-        *wrapped(f"  start skew     {skew}; late ranks: {late}; attempts: {attempts}", 17),
+        *wrapped(f"  start skew     {skew}; late: {late}; attempts: {attempts}", 17),
         f"  harness        {duration(cost['cost_per_batch_s'])} per batch; one clock read "
         f"{duration(cost['clock_read_s'])}",
         *wrapped(f"  interference   involuntary switches by rank: {switches}", 17),

@@ -307,3 +307,15 @@ def test_a_closed_stderr_does_not_keep_a_run_from_its_end(tmp_path: Path) -> Non
             job.kill()
     assert job.returncode == 0
     assert out.startswith("MEASUREMENT")
+
+
+def test_a_duration_that_the_rules_refuse_is_told_before_the_run(tmp_path: Path) -> None:
+    argv = ["--duration", "200ms", "--warmup", "100ms", "--device", "cpu", "--rules", "mlperf-v5.1"]
+    done = run_module("distbench.offline", *argv, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.startswith("distbench: a window of --duration 0.2s cannot last the 600 s ")
+    assert "give --duration 600s, or --rules mlperf-v5.1,shortened=0.2s" in done.stderr
+    assert "info  rules-too-short: a window of" in done.stdout
+    assert "MLPerf v5.1 gates: INVALID" in done.stdout.splitlines()[0]
+    quiet = run_module("distbench.offline", *argv, "--quiet", cwd=tmp_path)
+    assert "cannot last" not in quiet.stderr and "rules-too-short" in quiet.stdout

@@ -7,9 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distbench.clock import now_ns
+from distbench.errors import DistbenchError
 from distbench.sut import Done, Echo, Sleep
 from distbench.verify import verify
 from distbench.windows import Windows, load_run
@@ -83,13 +85,23 @@ def _sharded(out: str, samples: str, sut: Any = None) -> dict[str, Any]:
         run = run_offline(
             sut or Echo(), world, output_dir=own, warmup_s=0.05, num_samples=6_400, samples=samples
         )
-        return {"result": run.result(), "folder": str(run.folder or "")}
+        reached = []
+        for record in run.present:
+            try:
+                reached.append(len(record.column("completed")))
+            except DistbenchError as error:
+                reached.append(str(error))
+        return {"result": run.result(), "folder": str(run.folder or ""), "reached": reached}
 
 
 def test_samples_that_stay_on_their_ranks_give_the_same_figures(tmp_path: Path) -> None:
     told = run_ranks(_sharded, 2, str(tmp_path), "shard")
     result = told[0]["result"]
     assert told[1]["result"] == result
+    for rank in (0, 1):
+        reached = told[rank]["reached"]
+        assert reached[rank] == 3_200
+        assert "stay on its disk (--samples shard): reach them through" in reached[1 - rank]
     folder = Path(told[0]["folder"])
     assert json.loads((folder / "result.json").read_bytes()) == result
     assert [path.name for path in sorted((folder / "ranks").iterdir())] == ["00000"]
@@ -113,6 +125,91 @@ def test_gathered_samples_are_all_with_rank_0(tmp_path: Path) -> None:
     folder = Path(told[0]["folder"])
     assert verify(folder) == (0, [])
     assert len(list((folder / "ranks").iterdir())) == 2
+    assert [each["reached"] for each in told] == [[3_200, 3_200]] * 2
+
+
+class Breaks(Echo):
+    """Is right about every sample until it is told to break; each of its samples is held out."""
+
+    held_out = np.arange(64)
+    broken = False
+
+    def __init__(self) -> None:
+        super().__init__(64)
+
+    def poll(self, until_ns: int) -> list[Done]:
+        done = super().poll(until_ns)
+        return [each._replace(outputs=each.outputs * (not self.broken)) for each in done]
+
+    @staticmethod
+    def score(indices: Any, outputs: Any) -> tuple[int, int]:
+        return sum(int(a) == int(b) for a, b in zip(indices, outputs, strict=True)), len(indices)
+
+
+def _breaking(out: str, broken: bool) -> list[dict[str, Any]]:
+    from distbench import finish
+    from distbench.offline import run_offline
+    from distbench.world import join
+
+    sut, original = Breaks(), finish.accuracy_pass
+
+    def then_break(*args: Any) -> Any:
+        try:
+            return original(*args)
+        finally:
+            sut.broken = broken
+
+    finish.accuracy_pass = then_break  # type: ignore[assignment]
+    with join(device="cpu", timeout_s=30) as world:
+        several = run_offline(
+            sut, world, output_dir=out, warmup_s=0.05, num_samples=1_280, until=0.9
+        )
+        if world.rank:
+            return []
+        return [{"outputs": r.present[1].after["outputs"], **r.result()} for r in several.runs]
+
+
+def _counting(out: str) -> dict[str, Any]:
+    import gc
+
+    from distbench import finish
+    from distbench.run import RankRecord
+
+    alive: list[int] = []
+    original = finish.finish
+
+    def counted(*args: Any) -> Any:
+        gc.collect()
+        alive.append(sum(isinstance(each, RankRecord) for each in gc.get_objects()))
+        return original(*args)
+
+    finish.finish = counted
+    told = _until(out, 0.5)
+    return {"alive": alive, **told}
+
+
+def test_no_window_is_kept_in_memory_for_the_next_one(tmp_path: Path) -> None:
+    for told in run_ranks(_counting, 2, str(tmp_path)):
+        assert len(told["alive"]) == len(told["result"]["windows"]) >= 4
+        assert set(told["alive"]) == {0}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_outputs_of_every_window_are_held_against_the_accuracy_pass(
+    tmp_path: Path, broken: bool
+) -> None:
+    first, *others = run_ranks(_breaking, 2, str(tmp_path), broken)[0]
+    assert first["metrics"]["accuracy"]["value"] == 1.0
+    assert (first["outputs"]["compared"] > 100, first["outputs"]["different"]) == (True, 0)
+    for each in others:
+        assert each["outputs"]["compared"] == first["outputs"]["compared"]
+        codes = {(f["code"], f["rank"]) for f in each["verdict"]["findings"]}
+        differ = {("outputs-differ", 0), ("outputs-differ", 1)}
+        assert codes & differ == (differ if broken else set())
+    (folder,) = tmp_path.glob("*-offline-*")
+    verdict = load_run(folder).result()["verdict"]
+    assert ("outputs-differ" in [f["code"] for f in verdict["findings"]]) == broken
+    assert (verdict["status"] == "INVALID") or not broken
 
 
 class Swapped(Echo):

@@ -6,7 +6,9 @@ import copy
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from distbench.cli import parse, positionals
 from distbench.compare import OPTIONS, Comparison, compare, judged, main, to_text
 from distbench.conditions import conditions, covers, differences
 from distbench.errors import UsageError
+from distbench.record import name_folder
 
 from .synthetic import Rank, edit_json, in_memory, make_run
 
@@ -46,6 +49,17 @@ def compared(
     base: Sequence[float], new: Sequence[float], unit: str = "samples/s", threshold: float = 0.01
 ) -> Comparison:
     return judged("x", unit, tuple(base), tuple(new), threshold)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "before", "after"])
+def test_readme_compares_what_runs_are_called(name: str) -> None:
+    world: Any = SimpleNamespace(rank=0, gather_json=lambda value: [value])
+    folder = name_folder(world, "results", "offline", name)
+    glob = f"results/*-{name}-*"
+    assert glob in (Path(__file__).parents[2] / "README.md").read_text()
+    assert fnmatch(f"results/{folder.path.name}", glob)
+    others = {"a", "b", "before", "after"} - {name}
+    assert not any(fnmatch(f"results/{folder.path.name}", f"results/*-{x}-*") for x in others)
 
 
 # Verdicts

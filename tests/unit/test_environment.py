@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 import distbench
 from distbench import environment
-from distbench.environment import describe, memory_peak_bytes, schedstat
+from distbench.environment import code_version, describe, memory_peak_bytes, schedstat
 from distbench.gpus import Device
 from distbench.verdict import common_and_rest
 
@@ -248,6 +248,10 @@ def test_clean_checkout(checkout, monkeypatch):
     monkeypatch.delenv("GIT_DIR")
     assert described["git_commit"] == git(checkout, "rev-parse", "HEAD")
     assert described["git_dirty"] is False
+    assert code_version() == {
+        "distbench_version": distbench.__version__,
+        "git_commit": described["git_commit"],
+    }
 
 
 @pytest.mark.parametrize("file", ["a.py", "new.py"])
@@ -262,6 +266,7 @@ def test_folder_inside_somebody_elses_checkout(checkout, monkeypatch):
     monkeypatch.setattr(environment, "_REPOSITORY", inside)
     described = describe(CPU)
     assert described["git_commit"] is None and described["git_dirty"] is None
+    assert code_version()["git_commit"] is None
     assert "not run from a checkout" in described["reasons"]["git_dirty"]
 
 

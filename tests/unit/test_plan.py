@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distbench.arrivals import single_stream_queries
 from distbench.plan import Plan, main, plan
 from distbench.rules import parse_rules
 
@@ -23,7 +24,9 @@ def planned(scenario: str, rate_qps: float, rules: str = "mlperf-v5.0", **more: 
 def test_server_at_half_a_query_a_second_needs_918_s() -> None:
     made = planned("server", 0.5)
     assert (made.queries, made.wall_s, made.budget) == (300, 600.0, None)
-    (problem,) = made.problems
+    problem, undecided = made.problems
+    assert undecided.startswith("UNDECIDED by construction: the interval of p99")
+    assert "needs 368" in undecided and "--num-queries 368 or more, which takes 736 s" in undecided
     assert "needs 459 queries" in problem and "300 are planned" in problem
     assert "--num-queries 459, which takes 918 s" in problem
     enough = planned("server", 0.5, queries=459)
@@ -36,6 +39,16 @@ def test_equal_issue_pads_to_the_data() -> None:
     assert made.queries == 13_368
     assert made.wall_s / 3600 == pytest.approx(7.4, abs=0.05)
     assert planned("server", 2.0, "mlperf-v5.1", model="llama3_1-8b").wall_s == 6_684.0
+
+
+def test_single_stream_with_equal_issue_is_planned_for_twice_the_speed() -> None:
+    # LoadGen's own count: arrivals.single_stream_queries, held against it in tests/oracle.
+    made = planned("singlestream", 1.0, model="3d-unet")
+    assert made.queries == 1_204 == single_stream_queries(100, 600 * S, S, 43)
+    assert made.wall_s == 1_204.0
+    assert planned("singlestream", 1e10, model="3d-unet").queries % 43 == 0
+    assert planned("singlestream", 1.0).queries == 600
+    assert planned("multistream", 1.0, model="3d-unet").queries == 688
 
 
 def test_offline_plans_a_tenth_more_than_its_duration() -> None:
@@ -67,6 +80,34 @@ def test_the_budget_is_early_stoppings_and_not_the_percentiles() -> None:
     assert any("84 of 10,833" in line and "would allow 108" in line for line in made.lines)
 
 
+def test_streams_have_no_limit_to_be_over() -> None:
+    for scenario in ("singlestream", "multistream"):
+        for queries in (50, 63, 64, 1_000, 5_000):
+            made = planned(scenario, 10.0, queries=queries)
+            assert not any("limit" in line for line in made.lines)
+            assert not any("UNDECIDED" in each for each in made.problems)
+    (line,) = [x for x in planned("singlestream", 10.0, queries=64).lines if "early" in x]
+    assert "estimate of p90 leaves out the 0 longest of 64 latencies" in line
+    (line,) = [x for x in planned("singlestream", 10.0, queries=63).lines if "early" in x]
+    assert "63 queries are too few for an estimate of p90" in line
+
+
+def test_the_judged_percentile_without_an_interval_is_undecided_by_construction() -> None:
+    def undecided(queries: int, rules: str = "none", **more: Any) -> bool:
+        made = plan("server", 1.0, parse_rules(rules), queries=queries, **more)
+        return any(each.startswith("UNDECIDED by construction") for each in made.problems)
+
+    assert undecided(367, latency_ns=S) and not undecided(368, latency_ns=S)
+    assert not undecided(367), "nothing judges it"
+    assert undecided(367, "mlperf-v5.0", model="resnet50")
+
+
+def test_offline_counts_samples(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--target-qps", "100", "--num-samples", "700"]) == 0
+    out = capsys.readouterr().out
+    assert "samples          700 in 7 s" in out and "queries" not in out
+
+
 def test_percentiles_that_cannot_be_resolved_are_named() -> None:
     lines = planned("server", 1.0, "none", queries=367).lines
     assert any("not resolvable with 367: p99, p99.9" in line for line in lines)
@@ -91,7 +132,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["--target-qps", "1", "--scenario", "servre"], "did you mean server?"),
         (
             ["--target-qps", "1", "--scenario", "server", "--rules", "mlperf-v5.0"],
-            "no Server limit",
+            "give --latency\n",
+        ),
+        (["--target-qps", "1e308"], "give as --target-qps the rate of a short run"),
+        (["--target-qps", "1e308", "--scenario", "server"], "more than anything could issue"),
+        (["--target-qps", "1e-300"], "would take more than three years"),
+        (["--target-qps", "1e-320", "--num-samples", "5"], "would take more than three years"),
+        (["--target-qps", "1", "--num-queries", "5"], "offline counts samples, give --num-samples"),
+        (
+            ["--target-qps", "1", "--scenario", "server", "--num-samples", "5"],
+            "server counts queries, give --num-queries",
+        ),
+        (
+            ["--target-qps", "1", "--rules", "mlperf-v5.0", "--model", "digits"],
+            "it has resnet50, retinanet, 3d-unet, gptj, llama2-70b, llama3_1-405b, mixtral-8x7b, "
+            "dlrm-v2, stable-diffusion-xl, rgat, bert: leave the model out for another",
         ),
     ],
 )

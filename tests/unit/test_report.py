@@ -44,7 +44,7 @@ rank    host  device  samples  share  samples/s  finish    idle  busy
 1     node-1     cpu       40  50.0%     36.364  1.10 s     0 s   57%
 
 TRUST
-  start skew     15.0 us +-4.80 us; late ranks: none; attempts: 1
+  start skew     15.0 us +-4.80 us; late: no rank; attempts: 1
   harness        2.10 us per batch; one clock read 60.0 ns
   interference   involuntary switches by rank: 0, 1
                  waited for a processor: 1.00 ms, 1.00 ms
@@ -80,6 +80,11 @@ def test_the_first_line_of_a_clean_run() -> None:
     lines = report().splitlines()
     assert lines[0] == "MEASUREMENT VALID; MLPerf v5.0 gates: not applied"
     assert "findings: none" in lines
+
+
+def test_a_late_rank_is_not_taken_for_a_count() -> None:
+    assert "; late: rank 0; attempts: 1" in report(late_ns=(200_000, 5_000))
+    assert "; late: rank 0, 1; attempts: 1" in report(late_ns=(200_000,))
 
 
 def test_the_first_line_tells_the_status_and_what_it_ran_on() -> None:
@@ -291,7 +296,7 @@ def test_a_thousand_ranks_make_a_report_that_can_be_read() -> None:
     assert clocks[20].endswith("worst 4, by bound")
     assert sum(each.startswith("  GPU ") for each in lines) == 21
     late = ", ".join(str(rank) for rank in range(16))
-    assert f"late ranks: {late} and 984 more; attempts: 1" in whole
+    assert f"late: rank {late} and 984 more; attempts: 1" in whole
     assert sum(each.startswith("  doubtful  interference: rank") for each in lines) == 4
     assert "  doubtful  interference: 996 more in result.json" in lines
 

@@ -191,6 +191,7 @@ def test_limits_of_a_model_that_no_round_has():
     [
         ("none", "server", {}, "'none' have no limits: give a round"),
         ("mlperf-v5.0", "server", {}, "no Server limit for this model: give --latency-bound"),
+        ("mlperf-v5.0", "server", {"option": "--latency"}, "this model: give --latency$"),
         ("mlperf-v5.0", "server", {"model": "rgat"}, "no Server limit for rgat"),
         ("mlperf-v5.0", "server", {"model": "resnet"}, "did you mean resnet50"),
         (

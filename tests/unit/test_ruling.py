@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from distbench.gates import Gate
 from distbench.record import write_report
+from distbench.report.text import to_text
 from distbench.ruling import marginal
 from distbench.run import load_run
 
@@ -87,10 +89,36 @@ def test_the_first_line_and_the_gates_stand_in_the_report(tmp_path: Path) -> Non
     assert text.splitlines()[0] == (
         "MEASUREMENT VALID; MLPerf v5.0 gates: INVALID (MLPerf-style, not a submission)"
     )
-    assert "gate             min_duration: 1 s, limit 600: FAILED" in text
-    assert "limit 1,024: FAILED; 944 more are needed" in text
+    assert "gate             min_duration: 1 s, needs 600 s or more: FAILED" in text
+    assert "80 samples, needs 1,024 samples or more: FAILED; 944 more are needed" in text
+    assert "gate             errors: 0 samples, at most 0 samples: passed" in text
     stored = json.loads((tmp_path / "r" / "result.json").read_bytes())
     assert stored == load_run(tmp_path / "r").result()
+
+
+@pytest.mark.parametrize("name", ["v5.0", "v5.1"])
+def test_the_first_line_names_the_round_that_applies(name: str) -> None:
+    def change(ranks: list[Rank]) -> None:
+        for rank in ranks:
+            rank.before["rules"] = f"mlperf-{name}"
+
+    first = in_memory(change=change).report().splitlines()[0]
+    assert first.startswith(f"MEASUREMENT VALID; MLPerf {name} gates: INVALID (")
+
+
+def test_a_gate_says_which_way_it_goes_and_in_which_unit() -> None:
+    result = in_memory().result()
+    result["verdict"]["rules"]["gates"] = [
+        asdict(Gate("latency.p99", 0.0143, 0.015, "s", True)),
+        asdict(Gate("early_stopping", 300, 459, "queries", False, 159)),
+        asdict(Gate("ttft.p99", 2.1, 2.0, "s", False)),
+    ]
+    gates = [line[17:] for line in to_text(result).splitlines() if line.startswith("gate ")]
+    assert gates == [
+        "latency.p99: 14.3 ms, at most 15 ms: passed",
+        "early_stopping: 300 queries, needs 459 queries or more: FAILED; 159 more are needed",
+        "ttft.p99: 2.1 s, at most 2 s: FAILED",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from distbench import files
 from distbench.clock import ClockModel
-from distbench.errors import UsageError
+from distbench.errors import DistbenchError, UsageError
 from distbench.run import RankRecord, load_run, rank_folder, read_record, write_rank
 
 from .synthetic import BEFORE_NS, OFFSET_NS, RUN_ID, START_NS, edit_json, in_memory, make_run
@@ -60,6 +61,17 @@ def test_a_column_that_the_log_does_not_have_is_empty() -> None:
 def test_no_rows_no_columns() -> None:
     record = RankRecord(0, in_memory().present[0].before, None, None, "gone")
     assert len(record.column("completed")) == len(record.first_rows("completed")) == 0
+
+
+def test_samples_of_another_rank_are_not_passed_off_as_none() -> None:
+    record = replace(in_memory().present[1], rows=None, elsewhere=True)
+    for use in (record.column, record.first_rows):
+        with pytest.raises(
+            DistbenchError, match=r"samples of rank 1 \(node-1\) stay on its disk.*pool"
+        ):
+            use("completed")
+    # What was lost is empty.
+    assert len(replace(record, elsewhere=False).column("completed")) == 0
 
 
 def test_only_ended_groups_count() -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from distbench import preamble, verdict
 from distbench.findings import Finding, status
+from distbench.load import Load
 from distbench.report import __main__ as report
 from distbench.report.text import SAME_FINDINGS
 from distbench.run import load_run
@@ -56,6 +57,7 @@ REMEDIES = {
     "rank-missing": "copy its rank folder from its host",
     "rank-terminated": "what was measured until then is kept",
     "rules-marginal": "lower the rate a little",
+    "rules-too-short": "give --duration",
     "samples-capped": "give a shorter --duration",
     "samples-failed": "mend the model",
     "samples-missing": "return every group",
@@ -600,6 +602,36 @@ def test_shares_by_rate(tmp_path: Path) -> None:
     assert about(finding) == ("info", "shares-by-rate", None, "")
     assert "(1234.6, 7, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1 samples/s)" in finding.message
     assert "not of even shards" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("settings", "short"),
+    [
+        ({"rules": "none"}, False),
+        ({"rules": "mlperf-v5.0"}, True),
+        ({"rules": "mlperf-v5.1", "duration_ns": 540 * S}, True),  # lasts 594 s
+        ({"rules": "mlperf-v5.0", "duration_ns": 550 * S}, False),
+        ({"rules": "mlperf-v5.0", "duration_ns": 550 * S, "load": Load(5.0)}, True),
+        ({"rules": "mlperf-v5.0", "duration_ns": 600 * S, "load": Load(5.0)}, False),
+        ({"rules": "mlperf-v5.0", "load": Load(5.0, "trace:x")}, False),
+        ({"rules": "mlperf-v5.0", "num_samples": 5}, False),  # who knows how long it takes
+        ({"rules": "mlperf-v5.0,shortened=5s"}, False),
+        ({"rules": "mlperf-v5.0,shortened=6s"}, True),
+    ],
+)
+def test_rules_too_short(tmp_path: Path, settings: dict[str, Any], short: bool) -> None:
+    notes = preamble.rules_too_short(Settings(**settings))
+    assert bool(notes) == short
+    if not short:
+        return
+    change = on(0, lambda rank: rank.before.update(findings=[asdict(note) for note in notes]))
+    state, finding = only(tmp_path, change)
+    assert state == "VALID"
+    assert about(finding) == ("info", "rules-too-short", None, "")
+    least = 6 if "shortened" in settings["rules"] else 600
+    asked = settings.get("duration_ns", 5 * S) / S
+    assert (finding.value, finding.limit) == (asked, least)
+    assert f"give --duration {least}s" in finding.remedy
 
 
 def test_no_notes_on_even_shares() -> None:

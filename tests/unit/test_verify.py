@@ -15,6 +15,7 @@ import pytest
 
 from distbench import files
 from distbench.errors import UsageError
+from distbench.run import write_manifest
 from distbench.verify import SHOWN, differences, main, verify
 
 from .synthetic import edit_json, leaves, make_run, mend_hashes, put
@@ -378,8 +379,6 @@ def test_one_changed_byte_of_the_manifest_never_passes(folder: Path) -> None:
 
 
 def test_done_json_is_held_against_the_files_though_the_manifest_fits(folder: Path) -> None:
-    from distbench.run import write_manifest
-
     name = "ranks/00001/done.json"
     edit_json(folder / name, lambda done: done["files"].update({"samples.npy": "0" * 64}))
     write_manifest(folder)
@@ -424,6 +423,55 @@ def test_the_command_takes_several_and_tells_the_worst(
     assert f"{cut}: INCOMPLETE\n" in capsys.readouterr().out
     assert main([str(bad), str(cut), str(folder)]) == 1
     assert main([str(cut), str(bad), str(folder)]) == 1
+
+
+def test_what_is_no_result_directory_stops_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes, bad = tmp_path / "notes", shutil.copytree(folder, tmp_path / "bad")
+    notes.mkdir()
+    (bad / "report.txt").write_text("")
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    (cut / "report.txt").unlink()
+    assert main([str(notes), str(bad), str(folder)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{notes}: no result directory"
+    assert lines[1].startswith(f"  {notes} is no result directory: ")
+    assert lines[2] == f"{bad}: MISMATCH" and lines[-1] == f"{folder}: good"
+    assert main([str(folder), str(notes), str(folder)]) == 2
+    assert main([str(cut), str(notes)]) == main([str(notes), str(cut)]) == 6
+    assert main([str(bad), str(notes)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("recorded", "line"),
+    [
+        ({}, None),
+        ({"distbench_version": "9.0"}, None),
+        ({"distbench_version": "0.0.7"}, "made by distbench 0.0.7, this is 9.0: see Numbers in "),
+        ({"distbench_version": "9.0", "git_commit": "b" * 40}, f"made by commit {'b' * 40}, this"),
+        ({"distbench_version": "9.0", "git_commit": "a" * 40}, None),
+        ({"distbench_version": "9.0", "git_commit": None}, None),
+    ],
+)
+def test_a_mismatch_of_another_version_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: dict[str, Any], line: str | None
+) -> None:
+    own = {"distbench_version": "9.0", "git_commit": "a" * 40}
+    monkeypatch.setattr("distbench.verify.code_version", lambda: own)
+
+    def change(ranks: Any) -> None:
+        for rank in ranks:
+            rank.before["environment"] |= recorded
+
+    folder = make_run(tmp_path / "r", change=change)
+    assert verify(folder) == (0, [])
+    edit_json(folder / "result.json", lambda r: r["metrics"]["throughput"].update(value=81.0))
+    write_manifest(folder)
+    status, lines = verify(folder)
+    assert status == 1
+    assert lines[0].startswith(line or "result.json metrics.throughput.value: ")
+    assert len(lines) == (2 if line else 1)
 
 
 def test_the_command_does_not_flood(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

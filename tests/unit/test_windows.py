@@ -173,6 +173,59 @@ def test_windows_of_two_commands_are_not_mixed(tmp_path: Path) -> None:
     assert any("windows of different runs are mixed here" in line for line in lines)
 
 
+def test_memory_is_the_first_windows_and_not_what_the_harness_gathered(tmp_path: Path) -> None:
+    def change(ranks: list[Rank]) -> None:
+        for rank in ranks:
+            assert rank.after is not None
+            rank.after["memory_peak_bytes"] += rank.before["window"]["number"] * 300_000_000
+
+    folder = make_windows(tmp_path / "r", change=change)
+    result = load_run(folder).result()
+    peak = result["metrics"]["memory.peak"]
+    assert peak["value"] == 160_000_000
+    assert peak["definition"].endswith("of the process, to the end of the first window")
+    ranks = [row["metrics"]["memory.peak"] for row in result["per_rank"]]
+    assert ranks == [100_000_000, 160_000_000]
+    assert "memory peak      160.0 MB, 2.0% of the device's" in load_run(folder).report()
+    last = load_run(folder / "windows" / "003")
+    peak = last.result()["metrics"]["memory.peak"]
+    assert peak["value"] is None and "see the first window" in peak["reason"]
+    assert [row["metrics"]["memory.peak"] for row in last.result()["per_rank"]] == [None, None]
+    assert "memory peak      unknown: the peak since the process began" in last.report()
+
+
+@pytest.mark.parametrize(
+    ("rules", "slowest", "word", "window"),
+    [
+        ("none", 0, None, "000"),
+        ("mlperf-v5.0,shortened=990ms", 0, "SHORTENED", "000"),
+        ("mlperf-v5.0,shortened=1100ms", 2, "INVALID", "000"),
+        # Ten groups of 100 ms last 1 s.
+        ("mlperf-v5.0,shortened=1001ms", 2, "INVALID", "000"),
+        ("mlperf-v5.0,shortened=999ms", 2, "INVALID", "002"),
+    ],
+)
+def test_the_worst_word_of_the_rules_counts(
+    tmp_path: Path, rules: str, slowest: int, word: str | None, window: str
+) -> None:
+    def change(ranks: list[Rank]) -> None:
+        for rank in ranks:
+            rank.before["rules"] = rules
+            rank.before["model"]["total"] = 64
+
+    group_ns = list(EVEN)
+    if slowest:
+        group_ns[slowest] = 99_000_000
+    folder = make_windows(tmp_path / "r", group_ns, change=change)
+    found = load_run(folder).result()["verdict"]["rules"]
+    assert (found["result"], found["window"]) == (word, window)
+    text = load_run(folder).report()
+    assert (f"gates of window {window}, which of all windows" in text) == (word is not None)
+    if word == "INVALID":
+        assert not all(gate["passed"] for gate in found["gates"])
+        assert text.startswith("MEASUREMENT VALID; MLPerf v5.0 gates: INVALID")
+
+
 def test_no_window_can_be_read(tmp_path: Path) -> None:
     (tmp_path / "windows" / "000" / "ranks").mkdir(parents=True)
     several = load_run(tmp_path)
