@@ -21,7 +21,7 @@ from distbench.stats import (
     batch_count,
     batch_shares,
     guards,
-    inflation,
+    memory,
     quantile_ranks,
 )
 from distbench.steady import Trend, rate_interval, trend, warmup_cut
@@ -67,11 +67,16 @@ def percentile_intervals(
 
     told = [np.array(each) for each in pool.gather(shares) if each]
     held = [size for size in sizes if size]
-    found = {
-        q: inflation([each[i] for each in told], held, CONFIDENCE) for i, q in enumerate(wanted)
-    }
+    found = {q: memory([each[i] for each in told], held, CONFIDENCE) for i, q in enumerate(wanted)}
     ranks = {
-        label: quantile_ranks(n, q, found[q], max(found[g] for g in guards(q)), CONFIDENCE)
+        label: quantile_ranks(
+            n,
+            q,
+            found[q].inflation,
+            max(found[g].inflation for g in guards(q)),
+            CONFIDENCE,
+            found[q].stretches,
+        )
         for label, q in quantiles.items()
     }
     ends = [end for each in ranks.values() for end in (each.low, each.high) if end is not None]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from distbench.stats import normal_quantile, t_quantile
+from distbench.student import normal_quantile, t_quantile
 
 CONFIDENCE, POWER = 0.95, 0.8
 MOST_LAUNCHES = 1_000

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distbench.stats import Interval, normal_quantile, t_quantile
+from distbench.stats import Interval
+from distbench.student import normal_quantile, t_quantile
 
 Floats = NDArray[np.float64]
 

@@ -75,6 +75,33 @@ def test_percentiles_and_intervals_are_those_of_all_samples_in_one_place(
     assert got["p50"][1].low <= got["p50"][0] <= got["p50"][1].high
 
 
+def test_every_interval_that_is_refused_has_its_reason_and_the_worth_that_refused_it() -> None:
+    # Lognormal AR(1): p99 and p99.9 need more independent values than 1,000 are worth.
+    rng = np.random.default_rng(5)
+    logs = np.zeros(1_000)
+    for k in range(1, 1_000):
+        logs[k] = 0.8 * logs[k - 1] + 0.6 * rng.standard_normal()
+    run = run_of([(MS * np.exp(0.2 * logs)).astype(np.int64)])
+    metrics, whole = run.result()["metrics"], run.report().splitlines()
+    for name, title in (("batch_latency", "batch"), ("service", "service")):
+        at = next(k for k, each in enumerate(whole) if each.startswith(f"{title} "))
+        refused = [label for label in QUANTILES if metrics[f"{name}.{label}"]["ci_low"] is None]
+        assert refused == ["p95", "p97", "p99", "p99.9"]
+        assert whole[at + 1].split()[-4:] == ["-"] * 4  # of max and mean there is none to have
+        assert whole[at + 1].count("-") == 4
+        (line,) = [k for k, each in enumerate(whole) if title in each and "not resolv" in each]
+        told = " ".join(" ".join(whole[line : line + 2]).split())
+        assert told.startswith("batch, service p95, p97, p99, p99.9: not resolvable: run longer")
+        for label, shown in zip(QUANTILES, whole[at + 3].split()[2:], strict=True):
+            found = metrics[f"{name}.{label}"]
+            assert f"{found['n_eff']:,.0f}" == shown
+            if label in refused:
+                words = f"are worth {shown} independent ones, and {label} needs"
+                assert words in found["reason"]
+                assert words in told or label != refused[0]
+        assert "p95 needs 72, the higher ones more" in told
+
+
 def steady(run: Run) -> Any:
     pool = in_one_place(run)
     times = [rank_times(run, r, facts(r)) for r in run.present]
