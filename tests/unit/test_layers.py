@@ -18,8 +18,9 @@ PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates histogram "
-    "quantiles student stats steady run windows times pool intervals metrics findings checks trust "
-    "ruling verdict report compare conditions launches wire pings liveness network driver cli",
+    "quantiles student stats steady run windows times pool intervals metrics findings checks "
+    "settled trust ruling verdict report compare conditions launches wire pings liveness network "
+    "driver cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines parallel telemetry prepare record "
     "preamble finish probe nvml window command",

@@ -43,6 +43,7 @@ REMEDIES = {
     "issue-late": "stop other work on the host",
     "launch-bound": "use a larger --batch-size",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
+    "not-steady": "or a longer --duration",
     "outputs-differ": "mixes up groups or reuses a buffer",
     "outputs-non-finite": "check the weights, and the precision",
     "rank-failed": "mend what the sentence names",
@@ -60,6 +61,7 @@ REMEDIES = {
     "throughput-unknown": "mend what the sentence names",
     "trend": "give a longer --warmup",
     "until-not-reached": "give a longer --duration for each window",
+    "warmup-in-window": "give a longer --warmup",
     "window-brief": "measure for longer",
     "window-short": "give a longer --warmup",
 }
