@@ -598,7 +598,7 @@ def test_queues_are_covered_or_refused(load):
 def test_a_rule_that_looks_at_the_data_does_not_choose_the_lucky(monkeypatch):
     # At load 0.9, p90, most runs are refused: by luck of the run, not by its length. Those with an
     # interval are then the quiet ones, whose percentile is low. True coverage among them, from
-    # 3,000 runs: 94.6 % of 553; under 90 % of about 150 has a chance of 1 in 80.
+    # 3,000 runs: 99.6 % of 546 (94.6 % without BURST_CAUTION).
     printed, held = coverage("queue", 0.9, 4000, 800, seed=23, quantiles=(0.9,))[0.9]
     assert 0.1 < printed < 0.3
     assert held >= 0.9
@@ -681,6 +681,29 @@ def test_table_of_stalls(n, ranks, together, q):
     print(f"printed {printed:.3f} held {held:.3f}", end="")
     # Under some ten bursts a run seldom shows how often they come: docs/method.md has the figures.
     assert held >= (0.84 if n == 4000 and (together or ranks == 1) else 0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rare_pauses_are_not_covered():
+    # Four in 4,000 values, of 20 on the average, each a queue that drains: docs/method.md.
+    rng, held, repeats = np.random.default_rng(79), [], 1000
+
+    def paused(n):
+        values = NS * np.exp(0.05 * rng.standard_normal(n))
+        for begin in rng.integers(0, n, rng.poisson(n / 1000)):
+            part = values[begin : begin + rng.geometric(1 / 20)]
+            part += 3 * NS * np.linspace(1, 0, len(part))
+        return values.astype(np.int64)
+
+    known = int(np.sort(paused(4_000_000))[int(0.99 * 4_000_000)])
+    for _ in range(repeats):
+        found = quantile_interval([paused(4000)], 0.99)
+        if found.low is not None:
+            held.append(found.low <= known <= found.high)
+    print(f"\npauses p99: printed {len(held) / repeats:.3f} held {np.mean(held):.3f}", end="")
+    assert 0.1 < len(held) / repeats < 0.3
+    assert 0.6 < np.mean(held) < 0.9
 
 
 # The whole table, for the record: pytest -m slow -s tests/unit/test_stats.py
