@@ -46,7 +46,7 @@ from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of
 from distbench.samples import SampleLog
 from distbench.start import quiet
-from distbench.sut import FOREVER, Indices
+from distbench.sut import FOREVER, Indices, collector
 
 WIDTHS, BATCHES = (32, 128, 512), (1, 32, 512)
 COMPARED = ((32, 32), (32, 512), (512, 32))
@@ -180,7 +180,7 @@ class Case:
         errors: list[str] = []
         groups = groups_of(self.order, self.batch)
         begin = now_ns()
-        offline_loop(self.sut, self.log, groups, {}, errors, now_ns)
+        offline_loop(self.sut, self.log, groups, collector(self.log, {}, errors, now_ns), now_ns)
         took = now_ns() - begin
         if errors:
             raise SystemExit(f"distbench's loop failed: {errors[0]}")

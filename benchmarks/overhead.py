@@ -34,7 +34,7 @@ from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of, measure_harness
 from distbench.samples import SampleLog
 from distbench.start import quiet
-from distbench.sut import FOREVER, Done, Indices, SystemUnderTest
+from distbench.sut import FOREVER, Done, Indices, SystemUnderTest, collector
 
 RATIO_LIMIT = 20
 GROUPS, BATCH, READS = 100, 32, 2000
@@ -107,7 +107,9 @@ def loop(
     turn = itertools.cycle(parts)
 
     def block() -> None:
-        offline_loop(sut, next(turn), groups_of(order, BATCH), places, [], now_ns)
+        part = next(turn)
+        collect = collector(part, places, [], now_ns)
+        offline_loop(sut, part, groups_of(order, BATCH), collect, now_ns)
 
     return block
 
@@ -195,7 +197,8 @@ def layers(report: Report, rounds: int) -> None:
                 sut.poll(FOREVER)
 
         def ours(sut: Any = sut, log: SampleLog = log, order: Any = order) -> None:
-            offline_loop(sut, log, groups_of(order, BATCH), {}, [], now_ns)
+            collect = collector(log, {}, [], now_ns)
+            offline_loop(sut, log, groups_of(order, BATCH), collect, now_ns)
 
         blocks = {"bare": bare, "engine": engine, "ours": ours}
         cases = {name: per_batch(block, groups) for name, block in blocks.items()}

@@ -44,7 +44,7 @@ from distbench.quantiles import percentiles_ns
 from distbench.samples import SampleLog, spread_column
 from distbench.start import quiet
 from distbench.stats import order_ranks
-from distbench.sut import FOREVER, Echo, SystemUnderTest
+from distbench.sut import FOREVER, Echo, SystemUnderTest, collector
 
 CPU_LIMIT = 1 / 3
 PERCENTILES = (0.5, 0.9, 0.95, 0.97, 0.99, 0.999)
@@ -127,7 +127,7 @@ def under_distbench(sut: SystemUnderTest, batch: int, samples: int, folder: Path
     log.index[:] = order = sample_order(sut.total, 0, samples, 0)
     log.scheduled[:] = now_ns()
     errors: list[str] = []
-    offline_loop(sut, log, groups_of(order, batch), {}, errors, now_ns)
+    offline_loop(sut, log, groups_of(order, batch), collector(log, {}, errors, now_ns), now_ns)
     latencies = spread_column(log.rows, log.columns, "completed") - log.scheduled
     found = percentiles_ns(latencies, PERCENTILES)
     if errors or min(found) <= 0:

@@ -14,8 +14,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distbench.load import Load
+    from distbench.multistream import run_multistream
     from distbench.offline import run_offline
     from distbench.run import Run
+    from distbench.server import run_server
+    from distbench.singlestream import run_singlestream
     from distbench.sut import Done, SystemUnderTest
     from distbench.windows import Windows, load_run
     from distbench.world import World, join
@@ -24,24 +28,32 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Done": "distbench.sut",
+    "Load": "distbench.load",
     "Run": "distbench.run",
     "SystemUnderTest": "distbench.sut",
     "Windows": "distbench.windows",
     "World": "distbench.world",
     "join": "distbench.world",
     "load_run": "distbench.windows",
+    "run_multistream": "distbench.multistream",
     "run_offline": "distbench.offline",
+    "run_server": "distbench.server",
+    "run_singlestream": "distbench.singlestream",
 }
 
 __all__ = [
     "Done",
+    "Load",
     "Run",
     "SystemUnderTest",
     "Windows",
     "World",
     "join",
     "load_run",
+    "run_multistream",
     "run_offline",
+    "run_server",
+    "run_singlestream",
 ]
 
 

@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from distbench import files
-from distbench.cli import Option, nearest, parse, percent, run_command
+from distbench.cli import Option, nearest, parse, percent, positionals, read_words, run_command
 from distbench.compare import (
     Comparison,
     as_percent,
     check_launches,
     compare,
     load_result,
-    positionals,
-    read_words,
     to_text,
 )
 from distbench.conditions import Difference, check_side, conditions, differences, listed
@@ -40,10 +38,13 @@ from distbench.launches import (
     BETTER,
     LEAST,
     MOST_LAUNCHES,
+    NOT_RECOMPUTED,
     detectable,
     launches_needed,
+    not_recomputed,
     spread,
 )
+from distbench.run import JUDGED_BY_ALL
 
 SCHEMA_VERSION = 1
 SIDES = (1, 2, 3, 5, 10)
@@ -70,7 +71,7 @@ def excerpt(result: dict[str, Any]) -> dict[str, Any]:
             "findings": [
                 {name: found[name] for name in ("level", "code", "message")}
                 for found in result["verdict"]["findings"]
-                if found["level"] != "info"
+                if found["level"] != "info" or found["code"] == JUDGED_BY_ALL
             ],
         },
         "metrics": {
@@ -259,7 +260,10 @@ def record_text(name: str, launches: Sequence[dict[str, Any]], metric: str) -> s
         lines.append(f"  within a launch   unknown: {found.reason}")
     else:
         lines.append(f"  within a launch   standard error {as_percent(found.within)} (median)")
-    return "\n".join([*lines, *_resolved(found.between)]) + "\n"
+    lines += _resolved(found.between)
+    if any(not_recomputed(launch) for launch in launches):
+        lines.append(f"  note: {NOT_RECOMPUTED}")
+    return "\n".join(lines) + "\n"
 
 
 def _resolved(between: float | None) -> list[str]:

@@ -47,6 +47,7 @@ def facts_found(run: Run, times: list[RankTimes]) -> list[Finding]:
     found = _losses(run)
     for record, t in zip(run.present, times, strict=True):
         found += _outputs(record, t)
+        found += _stamps(record, t)
         found += _device(record)
         found += _roofline(record, t)
     return found + _environments(run) + _accuracy(run)
@@ -124,7 +125,7 @@ def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
                 "mend the model; its log has the rest",
             )
         )
-    if t.pending and t.whole and not after.get("end") and after:
+    if t.pending and t.whole and not after.get("end") and after and not after.get("halted"):
         found.append(
             _fact(
                 record,
@@ -163,6 +164,23 @@ def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
                 )
             )
     return found
+
+
+def _stamps(record: RankRecord, t: RankTimes) -> list[Finding]:
+    """Return the finding that an engine's own stamps cannot be true."""
+    if t.contradicting == 0:
+        return []
+    return [
+        _fact(
+            record,
+            "stamps-contradict",
+            f"rank {t.rank} ({record.host}): the engine's stamps of {t.contradicting} of "
+            f"{t.groups} groups contradict: not issued <= started <= finished <= completed; they "
+            "are left out of service",
+            t.contradicting,
+            "let the engine stamp started and finished, in this order, with distbench.clock.now_ns",
+        )
+    ]
 
 
 def _fact(record: RankRecord, code: str, message: str, value: float, remedy: str) -> Finding:

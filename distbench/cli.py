@@ -230,6 +230,39 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def read_words(text: str) -> tuple[str, ...]:
+    """Read words separated by commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def positionals(
+    argv: Sequence[str], options: Sequence[Option]
+) -> tuple[list[str], list[list[str]]]:
+    """Take the words that belong to no option out of a command line.
+
+    Args:
+        argv: without the program's name.
+        options: of the command, to know which take a value.
+
+    Returns:
+        What is left, for ``cli.parse``, and the words in lists, split at each ``--``.
+    """
+    valued = {f"--{option.name}" for option in options if option.read is not None}
+    rest: list[str] = []
+    lists: list[list[str]] = [[]]
+    words = iter(argv)
+    for word in words:
+        if word == "--":
+            lists.append([])
+        elif word.startswith("-"):
+            rest.append(word)
+            if word.replace("_", "-") in valued:
+                rest += [value for value in [next(words, None)] if value is not None]
+        else:
+            lists[-1].append(word)
+    return rest, lists
+
+
 def command_line(module: str, argv: Sequence[str]) -> str:
     """Return the command as it can be typed again, with torchrun where torchrun started it."""
     nodes, local = os.environ.get("GROUP_WORLD_SIZE"), os.environ.get("LOCAL_WORLD_SIZE")

@@ -21,9 +21,9 @@ from distbench.cli import (
     whole,
 )
 from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT, UsageError
-from distbench.models import check_model, load_model
-from distbench.prepare import Settings
+from distbench.models import DTYPES, check_model, load_model
 from distbench.rules import parse_rules
+from distbench.settings import Settings
 from distbench.sut import adapted
 
 if TYPE_CHECKING:
@@ -42,6 +42,13 @@ def _rules(text: str) -> str:
 
 COMMON_OPTIONS = (
     Option("model", "digits", check_model, "NAME[,key=value...] or MODULE:FACTORY", "MODEL"),
+    Option(
+        "dtype",
+        None,
+        one_of(*DTYPES),
+        "what an embedded model computes in (default: fp32)",
+        "|".join(DTYPES),
+    ),
     Option(
         "device",
         "auto",
@@ -89,26 +96,35 @@ COMMON_OPTIONS = (
 )
 
 
-def settings_from(module: str, values: Values, argv: Sequence[str]) -> Settings:
-    """Turn a command line into settings; raises what ``Settings`` does."""
-    v = values.values
+FIELDS = {"duration": "duration_ns", "warmup": "warmup_ns", "timeout": "timeout_ns"}
+"""Options whose settings have another name; that of the model is ``model_name``."""
+NO_SETTINGS = ("model", "device", "backend", "strict")
+
+
+def options_but(*names: str) -> tuple[Option, ...]:
+    """Return the common options without those that a scenario does not have."""
+    return tuple(option for option in COMMON_OPTIONS if option.name not in names)
+
+
+def settings_from(module: str, values: Values, argv: Sequence[str], **more: Any) -> Settings:
+    """Turn a command line into settings; raises what ``Settings`` does.
+
+    Args:
+        module: such as "distbench.offline".
+        values: of ``COMMON_OPTIONS``, or of a part of them; others are the scenario's to read.
+        argv: as it was given.
+        more: settings that the scenario read of its own options.
+    """
+    common = {option.name.replace("-", "_") for option in COMMON_OPTIONS} - set(NO_SETTINGS)
+    read = {name: value for name, value in values.values.items() if name in common}
+    for name in ("samples", "dtype"):
+        read[name] = read[name] or ""
     return Settings(
-        batch_size=v["batch_size"],
-        duration_ns=v["duration"],
-        num_samples=v["num_samples"],
-        warmup_ns=v["warmup"],
-        seed=v["seed"],
-        shares=v["shares"],
-        timeout_ns=v["timeout"],
-        samples=v["samples"] or "",
-        until=v["until"],
-        rules=v["rules"],
-        output_dir=v["output_dir"],
-        name=v["name"],
-        quiet=v["quiet"],
+        **{FIELDS.get(name, name): value for name, value in read.items()},
         config=values.config(),
         command=command_line(module, argv),
-        model_name=v["model"],
+        model_name=values.values["model"],
+        **more,
     )
 
 
@@ -130,6 +146,7 @@ def run_scenario(
     options: Sequence[Option],
     argv: Sequence[str],
     measure: Measure,
+    more: Callable[[Values], dict[str, Any]] = lambda _values: {},
 ) -> int:
     """Run a scenario's command on this rank; returns the exit status.
 
@@ -139,12 +156,13 @@ def run_scenario(
         options: of the command.
         argv: without the program's name.
         measure: takes the window; returns the run, on every rank.
+        more: reads the scenario's own options into settings.
 
     Raises:
         DistbenchError: anything that a sentence can tell.
     """
     values = parse(module, purpose, options, argv)
-    settings = settings_from(module, values, argv)
+    settings = settings_from(module, values, argv, **more(values))
     from distbench.record import watched  # noqa: PLC0415
     from distbench.window import setup_limit_s  # noqa: PLC0415
     from distbench.world import join  # noqa: PLC0415  --help never imports torch
@@ -153,7 +171,7 @@ def run_scenario(
         problem, sut = None, None
         try:
             with watched(world, setup_limit_s(settings)):
-                sut = load_model(settings.model_name, world, settings.batch_size)
+                sut = load_model(settings.model_name, world, settings.group, settings.dtype)
         except UsageError as error:
             problem = error
         world.check("model", problem)

@@ -5,7 +5,8 @@
 The unit is the launch: windows of one process share its memory layout, its clocks and its luck, so
 that only launches show how far a repeat may fall from the figure. Welch's t on the logarithms gives
 the interval of new / base. Launches under unlike conditions are refused, unless the condition is
-the one under test. Every figure is recomputed from the rank folders. Needs no torch.
+the one under test. Every figure is recomputed from the rank folders, but for samples that stay on
+their ranks (--samples shard), which all ranks judged together. Needs no torch.
 
 Exit status: 0; 5 on a regression, which is a change for the worse whose interval excludes no change
 and whose estimate is beyond the threshold; 2 where the launches cannot be compared.
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distbench.cli import Option, nearest, parse, percent, run_command
+from distbench.cli import Option, nearest, parse, percent, positionals, read_words, run_command
 from distbench.conditions import (
     Conditions,
     Difference,
@@ -33,7 +34,16 @@ from distbench.conditions import (
     listed,
 )
 from distbench.errors import EXIT_OK, EXIT_REGRESSION, UsageError
-from distbench.launches import BETTER, LEAST, MOST_LAUNCHES, launches_needed, variance, welch
+from distbench.launches import (
+    BETTER,
+    LEAST,
+    MOST_LAUNCHES,
+    NOT_RECOMPUTED,
+    launches_needed,
+    not_recomputed,
+    variance,
+    welch,
+)
 from distbench.windows import load_run
 
 
@@ -239,6 +249,8 @@ def _notes(
     if any(rank.values.get("git_dirty") for each in described for rank in each.ranks):
         notes.append("distbench had changes that its commit does not name")
     both = [*base, *new]
+    if any(not_recomputed(result) for result in both):
+        notes.append(NOT_RECOMPUTED)
     doubts = [
         {f["code"] for f in r["verdict"]["findings"] if f["level"] == "doubtful"} for r in both
     ]
@@ -319,7 +331,7 @@ def _signed(ratio: float) -> str:
 
 
 def load_result(folder: str) -> dict[str, Any]:
-    """Judge a result directory again, from its rank folders.
+    """Judge a result directory again, from its rank folders, if all that it rests on is there.
 
     Raises:
         UsageError: it is no result directory, or damaged.
@@ -331,39 +343,6 @@ def load_result(folder: str) -> dict[str, Any]:
             f"{folder} is damaged and cannot be judged ({error!r}): see `python -m "
             f"distbench.verify {folder}`"
         ) from error
-
-
-def read_words(text: str) -> tuple[str, ...]:
-    """Read words separated by commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def positionals(
-    argv: Sequence[str], options: Sequence[Option]
-) -> tuple[list[str], list[list[str]]]:
-    """Take the words that belong to no option out of a command line.
-
-    Args:
-        argv: without the program's name.
-        options: of the command, to know which take a value.
-
-    Returns:
-        What is left, for ``cli.parse``, and the words in lists, split at each ``--``.
-    """
-    valued = {f"--{option.name}" for option in options if option.read is not None}
-    rest: list[str] = []
-    lists: list[list[str]] = [[]]
-    words = iter(argv)
-    for word in words:
-        if word == "--":
-            lists.append([])
-        elif word.startswith("-"):
-            rest.append(word)
-            if word.replace("_", "-") in valued:
-                rest += [value for value in [next(words, None)] if value is not None]
-        else:
-            lists[-1].append(word)
-    return rest, lists
 
 
 OPTIONS = (

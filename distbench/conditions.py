@@ -15,9 +15,9 @@ from typing import Any
 
 from distbench.errors import UsageError, where
 
-NO_CONDITIONS = {"model", "output_dir", "name", "quiet", "strict", "timeout"}
-"""Options that do not change what is measured; the model's name stands beside its digest."""
-MODEL = ("name", "digest", "total", "depth")
+NO_CONDITIONS = {"model", "dtype", "output_dir", "name", "quiet", "strict", "timeout"}
+"""Options that do not change what is measured; the model's name and dtype stand in ``MODEL``."""
+MODEL = ("name", "digest", "dtype", "total", "depth")
 """What makes it the same model, fed the same way."""
 PASSING = {
     *("hostname", "memory_available_bytes", "load_average", "steal_jiffies", "reasons"),
@@ -40,6 +40,11 @@ GROUPS = {
     "cuda": {"torch_cuda_version", "cudnn_version"},
     "code": {"distbench_version", "git_commit", "git_dirty"},
     "driver": {"gpu.driver_version"},
+    # TF32 is a switch of the process, so it shows among the host's fields.
+    "dtype": {
+        *("model.dtype", "float32_matmul_precision", "cuda_matmul_fp32_precision"),
+        *("cudnn_conv_fp32_precision", "cuda_matmul_allow_tf32", "cudnn_allow_tf32"),
+    },
     "firmware": {"gpu.vbios_version"},
 }
 """Words that stand for several conditions."""

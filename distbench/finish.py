@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,13 @@ from distbench.record import Recorder, write_report, write_result
 from distbench.run import RankRecord, Run, rank_folder, write_rank
 from distbench.sut import SystemUnderTest, run_indices
 from distbench.verdict import result
-from distbench.windows import Windows
+from distbench.windows import Windows, windows_result
 
 if TYPE_CHECKING:
     from distbench.world import World
 
-TOLERANCE = 1e-3
-"""Relative difference of float outputs between batch sizes in fp32; bf16 is compared by 2e-2."""
+TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
+"""Relative difference of float outputs between batch sizes; the second in bf16 and fp16."""
 
 
 def accuracy_pass(
@@ -77,8 +79,16 @@ def accuracy_pass(
     return {"right": right, "of": total, "reason": ""}, by_index
 
 
+def tolerance(sut: SystemUnderTest) -> float:
+    """Return by how much float outputs for one sample may differ, by what the SUT computes in."""
+    return HALF_TOLERANCE if getattr(sut, "dtype", None) in ("bf16", "fp16") else TOLERANCE
+
+
 def check_outputs(
-    kept: dict[int, Any], indices_of: dict[int, Sequence[int]], accurate: dict[int, Any]
+    kept: dict[int, Any],
+    indices_of: dict[int, Sequence[int]],
+    accurate: dict[int, Any],
+    within: float = TOLERANCE,
 ) -> dict[str, int]:
     """Check the outputs that were kept from the window.
 
@@ -86,6 +96,7 @@ def check_outputs(
         kept: outputs by the group's row; None where the group did not end well.
         indices_of: sample indices of each kept group.
         accurate: outputs of the accuracy pass by sample index.
+        within: relative difference that is rounding; see ``tolerance``.
 
     Returns:
         Counts: groups checked, non_finite groups, outputs compared, outputs different.
@@ -99,7 +110,7 @@ def check_outputs(
         for index, output in zip(indices_of[row], outputs, strict=False):
             if index in accurate:
                 counts["compared"] += 1
-                counts["different"] += not alike(output, accurate[index])
+                counts["different"] += not alike(output, accurate[index], within)
     return counts
 
 
@@ -126,21 +137,23 @@ def _array(value: Any) -> NDArray[Any]:
     return np.asarray(value)
 
 
-def alike(one: Any, other: Any) -> bool:
+def alike(one: Any, other: Any, within: float = TOLERANCE) -> bool:
     """Tell whether two outputs for one sample agree: exactly, or within rounding for floats."""
     if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(alike(one[key], other[key]) for key in one)
+        return one.keys() == other.keys() and all(
+            alike(one[key], other[key], within) for key in one
+        )
     try:
         a, b = _array(one), _array(other)
     except (TypeError, ValueError, RuntimeError):
-        return len(one) == len(other) and all(map(alike, one, other))
+        return len(one) == len(other) and all(map(alike, one, other, repeat(within)))
     if a.shape != b.shape:
         return False
     if a.dtype.kind == "O" and a.ndim:
-        return all(map(alike, a.flat, b.flat))
+        return all(map(alike, a.flat, b.flat, repeat(within)))
     if a.dtype.kind == "f" and b.dtype.kind in "fiu":
         scale = float(np.abs(b[np.isfinite(b)]).max(initial=0.0))
-        return bool(np.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * scale))
+        return bool(np.allclose(a, b, rtol=within, atol=within * scale))
     return bool(np.all(a == b))
 
 
@@ -193,25 +206,37 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     return run
 
 
-def write_windows(world: World, several: Windows) -> None:
-    """Write the result above several windows on rank 0's disk; all ranks call it.
+def write_windows(world: World, folder: Path, results: dict[str, dict[str, Any]]) -> Windows:
+    """Judge several windows and write the result above them on rank 0's disk; all ranks call it.
+
+    Args:
+        world: all ranks.
+        folder: the directory above the windows.
+        results: of the windows by the names of their folders; rank 0's alone are looked at.
+
+    Returns:
+        The windows, with their result on every rank.
 
     Raises:
         IncompleteError: the disk refused it; the windows' own results are written.
     """
-    failure = ""
-    if several.folder is not None:
+    failure, judged = "", dict[str, Any]()
+    if world.rank == 0:
+        judged = windows_result(results)
         try:
-            write_result(several.folder, several.result())
+            write_result(folder, judged)
         except OSError as error:
             failure = (
-                f"rank 0 ({world.host}) could not write {several.folder}: "
-                f"{error.strerror or error}; each window under it is whole: free space, then run "
-                f"`python -m distbench.salvage {several.folder}`"
+                f"rank 0 ({world.host}) could not write {folder}: {error.strerror or error}; each "
+                "window under it is whole: free space, then run "
+                f"`python -m distbench.salvage {folder}`"
             )
-    world.side.meet("windows written")
+    # Made before ranks meet: an answer may run on the thread that keeps the heartbeats.
+    told = json.dumps(judged).encode()
+    told = world.side.meet("windows written", b"", lambda _: told)
     if failure:
         raise IncompleteError(failure)
+    return Windows(folder if world.rank == 0 else None, json.loads(told))
 
 
 def across_ranks(world: World, run: Run) -> Pool:

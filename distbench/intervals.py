@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from distbench.pool import Pool, series
 from distbench.run import RankRecord
+from distbench.scenarios import scenario
 from distbench.stats import (
     BATCH_SAMPLES,
     BATCHES_LEAST,
@@ -216,10 +217,14 @@ def settlings(pool: Pool) -> list[Settling | None]:
 
 
 def trends(pool: Pool) -> list[Trend | None]:
-    """Return how each rank's batch latency rose or fell over its window; None: too few groups."""
+    """Return how each rank's batch latency rose or fell over its window; None: too few groups.
+
+    Under a schedule it is the latency itself: a queue that grows is a rate that cannot be kept.
+    """
+    name = "latency" if scenario(pool.run.scenario).open_loop else "batch_latency"
 
     def own(record: RankRecord) -> list[float | int | None] | None:
-        found = trend(series(record, "batch_latency"))
+        found = trend(series(record, name))
         if found is None:
             return None
         return [found.change, found.slope, found.p, found.lag1, found.points, found.errors]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from distbench.run import JUDGED_BY_ALL
 from distbench.student import normal_quantile, t_quantile
 
 CONFIDENCE, POWER = 0.95, 0.8
@@ -22,6 +23,15 @@ FACTORS = {2: 10.392, 3: 4.2957, 4: 3.5548, 5: 3.2956, 6: 3.1669}
 """Difference of two means in units of its standard error that Welch's test at 5 % finds with 80 %
 power, by launches a side, equal variances. Integrated over the ratio of the two sample variances,
 on which Welch's degrees of freedom depend; the plain formula of ``detectable`` says 5.36 for 2."""
+NOT_RECOMPUTED = (
+    "figures of launches whose samples stay on their ranks are those that all ranks judged "
+    "together: they are not recomputed here"
+)
+
+
+def not_recomputed(result: dict[str, Any]) -> bool:
+    """Tell whether a result was taken as it was judged, since not all samples are here."""
+    return any(found["code"] == JUDGED_BY_ALL for found in result["verdict"]["findings"])
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,11 @@ from distbench.clock import ClockModel, Exchange, Now, measure_exchange, now_ns
 from distbench.errors import ClockError, DistbenchError, IncompleteError
 from distbench.wire import End, Link, LinkClosed, Seat
 
-TICK_S = 1.0
-SILENCE_S = 5.0
+TICK_S, SILENCE_S = 1.0, 5.0
 EXCHANGE_TRIPS, WINDOW_TRIPS = 100, 3  # in the window each trip takes the loop's interpreter lock
 END_S = 20.0  # how long saving may take once the end is known; torchrun kills after 30 s
-_HEART = struct.Struct("<qd")
+_HEART = struct.Struct("<qdq")
 IDLE = (0, float("inf"))
-
 
 Answer = Callable[[list[bytes]], bytes]
 
@@ -48,6 +46,7 @@ class SideThread:
             (infinity while nothing is in flight); replaced for each window.
         on_end: saves what there is; called once, from this thread, before the process ends.
         on_tick: called once a second while the run is well, for progress and flushes.
+        halt: one truth, whether the window is given up; carried to all ranks with the heartbeats.
     """
 
     def __init__(self, seats: list[Seat], rank: int, links: dict[int, Link], now: Now = now_ns):
@@ -63,8 +62,8 @@ class SideThread:
         self._answers: dict[str, Answer] = {}
         self._passed: dict[str, bytes] = {}
         self._news = threading.Condition(self._lock)
-        self._requests = 0
-        self._stop = False
+        self._requests = self._window = 0
+        self.halt, self._stop = [False], False
         self.ending = threading.Event()
         self._last_tick = time.monotonic()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -87,6 +86,11 @@ class SideThread:
     def wake_on_signals(self) -> int:
         """Return the descriptor for ``signal.set_wakeup_fd``: SIGTERM then reaches this thread."""
         return self._wake_write.fileno()
+
+    def open_window(self) -> list[bool]:
+        """Return ``halt`` for a new window; every rank opens the same windows in order."""
+        self.halt, self._window = [False], self._window + 1
+        return self.halt
 
     def meet(self, name: str, payload: bytes = b"", answer: Answer | None = None) -> bytes:
         """Wait until every rank has come to the same place; no limit while heartbeats go on.
@@ -129,10 +133,8 @@ class SideThread:
 
     def leaders(self) -> list[int]:
         """Return the first rank of each clock domain other than rank 0's."""
-        first: dict[str, int] = {}
-        for seat in self.seats:
-            first.setdefault(seat.domain, seat.rank)
-        return [rank for rank in first.values() if rank != 0]
+        first = {seat.domain: seat.rank for seat in reversed(self.seats)}
+        return sorted(rank for rank in first.values() if rank != 0)
 
     def leader_of(self, rank: int) -> int:
         """Return the first rank in the clock domain of ``rank``."""
@@ -239,7 +241,9 @@ class SideThread:
         if kind == wire.PING:
             pings.answer_pings(link, payload, self.now, self._handle)
         elif kind == wire.HEART:
-            self._count(rank, *_HEART.unpack(payload))
+            count, limit_s, halted = _HEART.unpack(payload)
+            self._count(rank, count, limit_s)
+            self.halt[0] |= halted == self._window > 0
         elif kind == wire.ARRIVED:
             size = int.from_bytes(payload[:2], "little")
             with self._lock:
@@ -303,8 +307,9 @@ class SideThread:
         self._last_tick = now
         count, limit_s = self.progress()
         self._count(self.rank, count, limit_s)
+        beat = _HEART.pack(count, limit_s, self._window if self.halt[0] else 0)
         for link in self.links.values():
-            self._send(link, wire.HEART, _HEART.pack(count, limit_s), ignore=True)
+            self._send(link, wire.HEART, beat, ignore=True)
         if starved:
             # This process did not run; what it did not hear says nothing about the others.
             for link in self.links.values():
@@ -376,8 +381,7 @@ class SideThread:
         if self.ending.is_set():
             return
         self.ending.set()
-        # Whatever the disk does, the process is gone within the limit.
-        watchdog = threading.Timer(END_S, _give_up, (end,))
+        watchdog = threading.Timer(END_S, _give_up, (end,))  # whatever the disk does
         watchdog.daemon = True
         watchdog.start()
         try:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from distbench.early_stopping import least_queries, over_allowed
 from distbench.files import finite
 from distbench.intervals import Steady, percentile_intervals, steady_rate
 from distbench.pool import Pool
 from distbench.quantiles import RULE
 from distbench.run import RankRecord, Run
+from distbench.scenarios import Scenario, scenario
 from distbench.stats import Interval
-from distbench.times import LATE_NS, Makespan, RankTimes
+from distbench.times import LATE_NS, Makespan, RankTimes, since_start_ns
 
 NS = 1e9
 QUANTILES = {
@@ -53,8 +55,8 @@ def metric(
 
 
 def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dict[str, Any]]:
-    """Return all metrics of an Offline window by name."""
-    run = pool.run
+    """Return all metrics of a window by name; which ones there are is its scenario's."""
+    run, kind = pool.run, scenario(pool.run.scenario)
     done = sum(t.ok for t in times)
     lost = span.reason or ("no sample completed" if done == 0 else "")
     seconds = None if span.value_ns is None else span.value_ns / NS
@@ -67,20 +69,67 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
         reason=lost,
         ci_reason=ONE_WINDOW,
     )
-    out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
-    for name, definition in LATENCIES.items():
+    if kind.open_loop:
+        out |= _arrivals(times, lost)
+    else:
+        out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
+    for name, definition in kind.series.items():
         out |= _latencies(pool, times, name, definition)
+    if kind.stream:
+        out |= _estimate(pool, times, kind)
     out["accuracy"] = accuracy(run)
     out["memory.peak"] = _memory(run)
     return out
 
 
-LATENCIES = {
-    "latency": "completion - agreed instant, per sample",
-    "batch_latency": "completion - issue, per group",
-    "service": "engine's end - engine's start, per group",
-    "device": "device time between two events, per group",
-}
+def _arrivals(times: list[RankTimes], lost: str) -> dict[str, dict[str, Any]]:
+    """Return Server's rates by schedule and by completion, as LoadGen has them.
+
+    Both leave out the first query, which is due at the start.
+    """
+    queries = sum(t.ok + t.failed + t.pending for t in times)
+    last = max(times, key=since_start_ns)
+    done_ns = None
+    if last.last_done_ns is not None and last.scheduled_ns is not None:
+        done_ns = last.last_done_ns - last.scheduled_ns
+    rates = {
+        "throughput.scheduled": (since_start_ns(last), "(queries - 1) / schedule of the last one"),
+        "throughput.completed": (
+            done_ns,
+            "(queries - 1) / completion of the query that was scheduled last, on its rank's clock",
+        ),
+    }
+    unknown = lost or "there was one query alone, or the last one did not complete"
+    return {
+        name: metric(
+            (queries - 1) / (took_ns / NS) if took_ns and not lost and queries > 1 else None,
+            "samples/s",
+            queries,
+            definition,
+            reason="" if took_ns and not lost and queries > 1 else unknown,
+            ci_reason=ONE_WINDOW,
+        )
+        for name, (took_ns, definition) in rates.items()
+    }
+
+
+def _estimate(pool: Pool, times: list[RankTimes], kind: Scenario) -> dict[str, dict[str, Any]]:
+    """Return early stopping's estimate of a stream's percentile: MLPerf's headline.
+
+    LoadGen knows one stream. Over several replicas their latencies are pooled, and the definition
+    says that this is no figure of MLPerf's.
+    """
+    n = sum(t.series["latency"][0] for t in times)
+    allowed = over_allowed(n, kind.percentile)
+    name, definition = f"{kind.headline}.early_stopping", "early stopping's estimate by LoadGen"
+    if len(times) > 1:
+        definition += f"; pooled over {len(times)} replicas, which MLPerf does not do"
+    if not allowed:
+        least = least_queries(kind.percentile, 1)
+        reason = f"fewer than the {least} queries that early stopping needs"
+        return {name: metric(None, "s", n, definition, reason=reason)}
+    (value_ns,) = pool.order("latency", [n - allowed])
+    return {name: metric(value_ns / NS, "s", n, definition)}
 
 
 def _steady(found: Steady) -> dict[str, Any]:
@@ -129,13 +178,16 @@ def _latencies(
     sums = [t.series[name] for t in times]
     n = sum(each[0] for each in sums)
     if n == 0:
-        return {}
+        wrong = sum(t.contradicting for t in times) if name == "service" else 0
+        reason = f"the engine's stamps contradict in all {wrong} groups that have them"
+        labels = (*QUANTILES, "max", "mean") if wrong else ()
+        return {f"{name}.{x}": metric(None, "s", 0, definition, reason=reason) for x in labels}
     most, total = max(each[1] for each in sums), sum(each[2] for each in sums)
     found = percentile_intervals(pool, name, [each[0] for each in sums], most, QUANTILES)
     out = {}
     for label, (value, interval) in found.items():
         out[f"{name}.{label}"] = metric(value / NS, "s", n, f"{definition}; {RULE}")
-        if name == "latency":
+        if name == "latency" and scenario(pool.run.scenario).drained:
             out[f"{name}.{label}"]["reason"] = DRAINED
         else:
             out[f"{name}.{label}"] |= in_seconds(interval)
@@ -199,6 +251,7 @@ def per_rank(run: Run, times: list[RankTimes], span: Makespan) -> list[dict[str,
                     "device_busy": device_ns / NS / own if own and device_ns else None,
                     "memory.peak": (record.after or {}).get("memory_peak_bytes"),
                     "memory.total": memory_total(record),
+                    **{name: value_ns / NS for name, value_ns in t.own.items()},
                 },
             }
         )

@@ -10,14 +10,22 @@ stops on its own clock. The report goes to stdout of rank 0; the result director
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from distbench.clock import Now
 from distbench.command import COMMON_OPTIONS, measure_joined, run_scenario, start_command
-from distbench.prepare import Settings, script_settings
+from distbench.prepare import (
+    Course,
+    Cue,
+    Groups,
+    Part,
+    closed_part,
+    groups_after,
+)
 from distbench.samples import SampleLog
-from distbench.sut import FOREVER, Indices, SystemUnderTest, collector
+from distbench.settings import Settings, script_settings
+from distbench.sut import FOREVER, Collect, Indices, SystemUnderTest
 
 if TYPE_CHECKING:
     from distbench.run import Run
@@ -26,12 +34,7 @@ if TYPE_CHECKING:
 
 
 def offline_loop(
-    sut: SystemUnderTest,
-    log: SampleLog,
-    groups: Iterable[tuple[int, Indices]],
-    kept: dict[int, Any],
-    errors: list[str],
-    now: Now,
+    sut: SystemUnderTest, log: SampleLog, groups: Groups, collect: Collect, now: Now
 ) -> None:
     """Issue every group as soon as the SUT accepts it, and stamp both ends: the timed loop.
 
@@ -39,13 +42,11 @@ def offline_loop(
         sut: loaded and warm, nothing in flight.
         log: its rows are stamped at each group's first row.
         groups: (first row, sample indices) in order.
-        kept: keys are the rows whose outputs are kept.
-        errors: takes the first few messages of failed groups.
+        collect: stamps what has ended; returns how many groups.
         now: the clock.
     """
     cells, issue, poll, depth = log.cells(), sut.issue, sut.poll, sut.depth
     issued, counts = cells["issued"], cells["count"]
-    collect = collector(log, kept, errors, now)
     flying = 0
     for row, indices in groups:
         counts[row] = len(indices)
@@ -56,6 +57,14 @@ def offline_loop(
             flying -= collect(poll(FOREVER))
     while flying:
         flying -= collect(poll(FOREVER))
+
+
+def drive(sut: SystemUnderTest, log: SampleLog, part: Part, collect: Collect, cue: Cue) -> None:
+    """Run the loop from the agreed instant on."""
+    offline_loop(sut, log, groups_after(cue.begin, part.order, part.group), collect, cue.now)
+
+
+OFFLINE = Course("offline", offline_loop, offline_loop, drive, closed_part)
 
 
 def run_offline(
@@ -124,7 +133,7 @@ def measure_offline(sut: SystemUnderTest, world: World, settings: Settings) -> R
     """Take one Offline window; all ranks call it. See ``window.measure``."""
     from distbench.window import measure  # noqa: PLC0415  torch, which --help does without
 
-    return measure("offline", offline_loop, sut, world, settings)
+    return measure(OFFLINE, sut, world, settings)
 
 
 def main(argv: Sequence[str]) -> int:

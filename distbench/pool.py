@@ -15,10 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbench.judged import stream_estimate_ns
+from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
 from distbench.samples import FAILED, PENDING
+from distbench.scenarios import Scenario, scenario
 
 Series = NDArray[np.int64]
+OWN = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
+"""Percentiles of a rank's own latencies that stand in its row."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,19 @@ def series(record: RankRecord, name: str) -> Series:
 
     Args:
         record: of the rank; a record without samples gives an empty series.
-        name: "latency" per sample; "batch_latency", "service", "device", "lateness" per group.
+        name: one of its scenario's; see ``scenarios``.
     """
-    return SERIES[name](record)
+    return _SERIES[name](record)
+
+
+def _kind(record: RankRecord) -> Scenario:
+    return scenario(record.before["scenario"])
 
 
 def _latency(record: RankRecord) -> Series:
-    completed = record.column("completed")
-    good = completed >= 0
-    return np.asarray(completed[good] - record.column("scheduled")[good])
+    if _kind(record).stream:
+        return np.asarray(record.first_rows("completed") - record.first_rows("issued"))
+    return _per_sample(record, "scheduled", "completed")
 
 
 def _batch_latency(record: RankRecord) -> Series:
@@ -72,9 +81,55 @@ def _batch_latency(record: RankRecord) -> Series:
 
 
 def _service(record: RankRecord) -> Series:
+    if _kind(record).open_loop:
+        return _per_sample(record, "started", "finished")
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    known = (started > 0) & (finished > 0)
-    return np.asarray(finished[known] - started[known])
+    possible = _possible(record.first_rows, started)
+    return np.asarray(finished[possible] - started[possible])
+
+
+def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
+    """Tell which groups, or which samples, have stamps of the engine that can be true.
+
+    A group is handed over before the engine starts it, and has ended there before it completes:
+    issued <= started <= finished <= completed. Stamps of another clock, or swapped, break that.
+
+    Args:
+        stamps: returns a column by its name.
+        started: one of them; empty where the log has none.
+    """
+    if len(started) == 0:
+        return np.zeros(0, np.bool_)
+    finished = stamps("finished")
+    inside = (stamps("issued") <= started) & (finished <= stamps("completed"))
+    return np.asarray(inside & (started <= finished) & (started != 0) & (finished != 0))
+
+
+def _contradicting(record: RankRecord) -> int:
+    """Count the ended groups whose stamps by the engine are there and cannot be true."""
+    started, finished = record.first_rows("started"), record.first_rows("finished")
+    stamped = (started != 0) & (finished != 0)
+    return int((stamped & ~_possible(record.first_rows, started)).sum())
+
+
+def _lateness(record: RankRecord) -> Series:
+    return _per_sample(record, "ready", "issued")
+
+
+def _queue(record: RankRecord) -> Series:
+    handed = _per_sample(record, "issued", "started")
+    if len(handed) == 0:
+        return handed
+    return _per_sample(record, "scheduled", "ready")[_known(record, "started")] + handed
+
+
+def _return(record: RankRecord) -> Series:
+    return _per_sample(record, "finished", "completed")
+
+
+def _in_time(record: RankRecord) -> Series:
+    """Return what the latencies would have been if the harness had issued every query at once."""
+    return _latency(record) - _lateness(record)
 
 
 def _device(record: RankRecord) -> Series:
@@ -82,11 +137,44 @@ def _device(record: RankRecord) -> Series:
     return np.asarray(device[device > 0])
 
 
-SERIES: dict[str, Callable[[RankRecord], Series]] = {
+def _per_sample(record: RankRecord, begin: str, end: str) -> Series:
+    """Return the time between two stamps of every sample that completed and has both."""
+    columns = record.before["columns"]
+    if begin not in columns or end not in columns:
+        return np.zeros(0, np.int64)
+    known = _known(record, begin) & _known(record, end)
+    good = record.column("completed") >= 0
+    return np.asarray(stamp(record, end)[good][known] - stamp(record, begin)[good][known])
+
+
+def _known(record: RankRecord, name: str) -> NDArray[np.bool_]:
+    """Tell of every sample that completed whether it has a stamp, the engine's a possible one."""
+    good = record.column("completed") >= 0
+    if name in ("started", "finished"):
+        return _possible(lambda each: record.column(each)[good], record.column("started")[good])
+    return np.asarray(record.column(name)[good] > 0)
+
+
+def stamp(record: RankRecord, name: str) -> Series:
+    """Return one column for every sample; a sample that came after its group was due was not ready.
+
+    ``ready`` in a group's first row is when the loop could have issued the group; a sample of it
+    that was scheduled later, while the loop was at work, was ready when it was scheduled.
+    """
+    if name == "ready":
+        return np.maximum(record.column("ready"), record.column("scheduled"))
+    return record.column(name)
+
+
+_SERIES: dict[str, Callable[[RankRecord], Series]] = {
     "latency": _latency,
     "batch_latency": _batch_latency,
     "service": _service,
     "device": _device,
+    "lateness": _lateness,
+    "queue": _queue,
+    "return": _return,
+    "in_time": _in_time,
 }
 
 
@@ -96,11 +184,16 @@ def facts(record: RankRecord) -> dict[str, Any]:
     Returns:
         ``whole`` (whether its samples are there), ``ok``, ``failed``, ``pending`` samples,
         ``groups`` that ended well, ``scheduled_ns`` and ``issued_ns`` of the first row,
-        ``finished_ns`` (last completion); None where there is none; and for each series
-        ``[n, largest, sum]``.
+        ``finished_ns`` (last completion), ``last_due_ns`` and ``last_done_ns`` (schedule, in a
+        stream the issue, and completion of the last query); None where there is none;
+        ``contradicting`` groups, whose stamps by the engine cannot be true; for each series of the
+        scenario ``[n, largest, sum]``; and ``own``, this rank's latencies at some percentiles, ns,
+        and early stopping's estimate in a stream, where a rank's alone mean something.
     """
+    kind = _kind(record)
     completed, scheduled = record.column("completed"), record.column("scheduled")
     good = completed[completed >= 0]
+    due = record.first_rows("issued") if kind.stream else scheduled
     return {
         "whole": record.rows is not None,
         "ok": len(good),
@@ -110,8 +203,23 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "scheduled_ns": int(scheduled[0]) if len(scheduled) and scheduled[0] > 0 else None,
         "issued_ns": _first_issue(record),
         "finished_ns": int(good.max()) if len(good) else None,
-        "series": {name: _sums(series(record, name)) for name in SERIES},
+        "last_due_ns": int(due[-1]) if len(due) else None,
+        "last_done_ns": int(completed[-1]) if len(completed) and completed[-1] >= 0 else None,
+        "contradicting": _contradicting(record),
+        "series": {name: _sums(series(record, name)) for name in kind.series},
+        "own": {} if kind.drained else _own(series(record, "latency"), kind),
     }
+
+
+def _own(latency_ns: Series, kind: Scenario) -> dict[str, int]:
+    if len(latency_ns) == 0:
+        return {}
+    found = percentiles_ns(latency_ns, list(OWN.values()))
+    own = {f"latency.{label}": value for label, value in zip(OWN, found, strict=True)}
+    estimate_ns = stream_estimate_ns(latency_ns, kind.percentile) if kind.stream else None
+    if estimate_ns is not None:
+        own[f"{kind.headline}.early_stopping"] = estimate_ns
+    return own
 
 
 def _first_issue(record: RankRecord) -> int | None:

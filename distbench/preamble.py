@@ -16,8 +16,9 @@ from distbench.files import to_json
 from distbench.findings import Finding
 from distbench.gpus import foreign_processes
 from distbench.nvml import nvml_snapshot
-from distbench.prepare import Settings, Warmup
+from distbench.prepare import Part, Warmup
 from distbench.run import SCHEMA_VERSION
+from distbench.settings import Settings
 from distbench.sut import SystemUnderTest
 
 if TYPE_CHECKING:
@@ -57,7 +58,11 @@ def agree_on_run(world: World, sut: SystemUnderTest, settings: Settings) -> None
         if name not in ("config", "command", *FREE_OPTIONS) and not settings.config
     }
     world.agree("options", options, "start every node with the same command line")
-    model = {"the model's weights": digest_of(sut), "the model's number of samples": sut.total}
+    model = {
+        "the model's weights": digest_of(sut),
+        "the model's number of samples": sut.total,
+        "what the model computes in": getattr(sut, "dtype", None),
+    }
     world.agree("model", model, "give every node the same model files")
 
 
@@ -76,11 +81,11 @@ def describe_rank(
     harness: dict[str, Any],
     columns: Sequence[str],
     rates: Sequence[float],
-    cut: bool,
+    part: Part,
 ) -> dict[str, Any]:
     """Return this rank's rank.json: everything known before the window."""
     snapshot = nvml_snapshot(world.device.uuid) if world.device.type == "cuda" else None
-    known = [*world.findings, *_planned(settings, rates, cut)]
+    known = [*world.findings, *_planned(settings, rates, part.cut)]
     return {
         "schema_version": SCHEMA_VERSION,
         "scenario": scenario,
@@ -100,17 +105,13 @@ def describe_rank(
         "columns": list(columns),
         "config": settings.config or _plain_config(settings),
         "duration_ns": None if settings.num_samples is not None else settings.duration_ns,
+        "group": settings.group,
+        "load": None if settings.load is None else asdict(settings.load),
+        "schedule": part.made,
         "until": settings.until,
         "rules": settings.rules,
         "command": settings.command,
-        "model": {
-            "name": settings.model_name or type(sut).__name__,
-            "digest": digest_of(sut),
-            "total": sut.total,
-            "depth": sut.depth,
-            "flops_per_sample": getattr(sut, "flops_per_sample", None),
-            "target_accuracy": getattr(sut, "target_accuracy", None),
-        },
+        "model": _model(sut, settings),
         "warmup": {
             "rate_qps": warm.rate_qps,
             "slowest_group_ns": warm.slowest_group_ns,
@@ -122,6 +123,19 @@ def describe_rank(
         "gpu_before": snapshot,
         "foreign_before": _foreign(snapshot),
         "findings": [asdict(f) for f in known] if world.rank == 0 else [],
+    }
+
+
+def _model(sut: SystemUnderTest, settings: Settings) -> dict[str, Any]:
+    """Return what the SUT tells of the model."""
+    return {
+        "name": settings.model_name or type(sut).__name__,
+        "digest": digest_of(sut),
+        "dtype": getattr(sut, "dtype", None),
+        "total": sut.total,
+        "depth": sut.depth,
+        "flops_per_sample": getattr(sut, "flops_per_sample", None),
+        "target_accuracy": getattr(sut, "target_accuracy", None),
     }
 
 
@@ -196,7 +210,7 @@ def _planned(settings: Settings, rates: Sequence[float], cut: bool) -> list[Find
 
 def _plain_config(settings: Settings) -> dict[str, Any]:
     """Return the ``config`` section of a run that was started from a script."""
-    skipped = ("config", "command", "model_name")
+    skipped = ("config", "command", "model_name", "dtype")
     return {
         name: {"value": value, "origin": "script"}
         for name, value in asdict(settings).items()

@@ -5,22 +5,18 @@ Nothing here is timed for a report; it fixes all that the timed loop must not de
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from distbench.clock import Now
 from distbench.errors import UsageError
-from distbench.rules import parse_rules
 from distbench.samples import SampleLog
-from distbench.sut import Done, Indices, SystemUnderTest
+from distbench.settings import SAMPLE_LIMIT, Settings
+from distbench.sut import Collect, Done, Indices, SystemUnderTest, collector
 
-SAMPLE_LIMIT = 10_000_000
-"""Samples of all ranks that are gathered; above it they stay on their ranks (--samples shard)."""
 PLANNED_LIMIT = 50_000_000
 """Samples of one rank that a duration may ask for, a log of 3.2 GB; a number may ask for more."""
 KEPT_GROUPS = 256
@@ -30,14 +26,10 @@ HEADROOM = 1.1
 HARNESS_BATCHES, HARNESS_BLOCKS = 400, 15
 CHUNK_NS, CHUNK_ROWS = 50_000_000, 65_536
 """A stretch of warm-up is at least so long, or has so many samples."""
+SHAPES = 64
+"""Sizes of groups that are all warmed."""
 OPTIONAL = ("started", "finished", "device")
 """Columns that a log has only where the SUT fills them, as its warm-up shows."""
-
-Loop = Callable[
-    [SystemUnderTest, SampleLog, Iterable[tuple[int, Indices]], dict[int, Any], list[str], Now],
-    None,
-]
-"""A scenario's timed loop, such as ``offline.offline_loop``."""
 
 ALL_COLUMNS = (
     "index",
@@ -51,70 +43,73 @@ ALL_COLUMNS = (
 )
 _AT = {name: place for place, name in enumerate(ALL_COLUMNS)}
 
+Groups = Iterable[tuple[int, Indices]]
+"""First row and sample indices of each group, in order."""
+Loop = Callable[[SystemUnderTest, SampleLog, Groups, Collect, Now], None]
+"""A timed loop over groups that are there at once, such as ``offline.offline_loop``."""
+
 
 @dataclass(frozen=True)
-class Settings:
-    """How to run a window; see ``offline.run_offline`` for the meaning of each.
+class Part:
+    """One rank's part of a window, fixed before it begins.
 
-    Raises:
-        UsageError: a value is out of its range.
+    Attributes:
+        order: sample index of each row, shape (rows,), int64.
+        counts: rows of every rank.
+        group: rows of a group at most.
+        due_ns: when each row is due since the agreed instant, ns; None: at the instant.
+        cut: whether ``SAMPLE_LIMIT`` or ``PLANNED_LIMIT`` cut the number of rows.
+        made: how a schedule was drawn; None without one.
     """
 
-    batch_size: int = 32
-    duration_ns: int = 5_000_000_000
-    num_samples: int | None = None
-    warmup_ns: int = 1_000_000_000
-    seed: int = 0
-    shares: str = "even"
-    timeout_ns: int | None = None
-    samples: str = ""
-    until: float | None = None
-    rules: str = "none"
-    output_dir: str = "results"
-    name: str = ""
-    quiet: bool = False
-    config: dict[str, Any] = field(default_factory=dict)
-    command: str = ""
-    model_name: str = ""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UsageError(f"a batch size of {self.batch_size} is below 1")
-        if self.duration_ns <= 0 or self.warmup_ns < 0:
-            raise UsageError("the duration must be above zero, and the warm-up not negative")
-        if self.num_samples is not None and self.num_samples < 1:
-            raise UsageError(f"{self.num_samples} samples are fewer than 1 (--num-samples)")
-        if self.until is not None and not 0 < self.until < 1:
-            raise UsageError(
-                f"an interval of +-{self.until:%} is not between 0 and 100 % (--until)"
-            )
-        parse_rules(self.rules)
-        if self.samples not in ("", "gather", "shard"):
-            raise UsageError(f"samples {self.samples!r} are neither gather nor shard (--samples)")
-        if self.samples == "gather" and (self.num_samples or 0) > SAMPLE_LIMIT:
-            raise UsageError(
-                f"{self.num_samples} samples are more than {SAMPLE_LIMIT}, which is as many as are "
-                "gathered: leave --samples gather out, and they stay on their ranks"
-            )
-        if self.shares not in ("even", "rate"):
-            raise UsageError(f"shares {self.shares!r} are neither even nor rate")
+    order: Indices
+    counts: Sequence[int]
+    group: int
+    due_ns: Indices | None = None
+    cut: bool = False
+    made: dict[str, Any] | None = None
 
 
-def script_settings(
-    duration_s: float, warmup_s: float, timeout_s: float | None, **others: Any
-) -> Settings:
-    """Return the settings of a script, which gives times in seconds.
+@dataclass(frozen=True)
+class Cue:
+    """What a window's loop needs of time.
 
-    Raises:
-        UsageError: a value is out of its range.
+    Attributes:
+        now: the clock.
+        begin: waits for the agreed instant; the loop is set up when it calls this.
+        wait: waits for an instant on the clock, without work.
+        halt: one truth, whether the window is given up; any rank's loop may set it, and the side
+            threads carry it to the others.
     """
-    return Settings(
-        duration_ns=round(duration_s * 1e9),
-        warmup_ns=round(warmup_s * 1e9),
-        timeout_ns=None if timeout_s is None else round(timeout_s * 1e9),
-        command=shlex.join(["python", *sys.argv]),
-        **others,
-    )
+
+    now: Now
+    begin: Callable[[], None]
+    wait: Callable[[int], Any]
+    halt: list[bool]
+
+
+Drive = Callable[[SystemUnderTest, SampleLog, Part, Collect, Cue], None]
+
+
+@dataclass(frozen=True)
+class Course:
+    """How a scenario fills a window.
+
+    Attributes:
+        scenario: its name.
+        loop: over groups that are there at once: for the warm-up.
+        harness: the window's loop where nothing has to be waited for: what it costs is measured.
+        drive: the window's own.
+        part: makes this rank's part, from (rank, sut, settings, warm-up rates of all ranks).
+        columns: what its log has beside the optional ones.
+    """
+
+    scenario: str
+    loop: Loop
+    harness: Loop
+    drive: Drive
+    part: Callable[[int, SystemUnderTest, Settings, Sequence[float]], Part]
+    columns: tuple[str, ...] = ALL_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -164,8 +159,9 @@ def warm_up(
     while groups < 2 or now() - begin < least_ns or not timed_ns:
         indices = np.resize(order, size * chunk)
         log, errors = SampleLog.in_memory(len(indices), ALL_COLUMNS), list[str]()
+        collect = collector(log, {}, errors, now)
         before = now()
-        loop(sut, log, groups_of(indices, size), {}, errors, now)
+        loop(sut, log, groups_of(indices, size), collect, now)
         took_ns = now() - before
         if errors:
             raise UsageError(f"the model failed in warm-up at batch size {size}: {errors[0]}")
@@ -180,6 +176,25 @@ def warm_up(
         if took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS:
             chunk *= 2
     return Warmup(samples / max(timed_ns, 1) * 1e9, slowest, groups, tuple(sorted(columns)))
+
+
+def shapes(settings: Settings, count: int) -> list[int]:
+    """Return the sizes of groups, other than the full one, that a window may have.
+
+    Without a load that is the last group's. Queries that come by a schedule make groups of every
+    size up to the largest; above ``SHAPES`` the powers of two stand for those between.
+
+    Args:
+        settings: of the run.
+        count: rows of this rank.
+    """
+    if settings.load is None:
+        rest = count % settings.group
+        return [rest] if rest and count > settings.group else []
+    most = settings.load.max_batch
+    if most <= SHAPES:
+        return list(range(1, most))
+    return [1 << power for power in range(most.bit_length()) if 1 << power < most]
 
 
 def share_out(total: int, rank: int, rates: Sequence[float] | None, world_size: int) -> int:
@@ -266,7 +281,9 @@ class _Nothing:
     def close(self) -> None: ...
 
 
-def measure_harness(loop: Loop, depth: int, batch_size: int, now: Now) -> dict[str, Any]:
+def measure_harness(
+    loop: Loop, depth: int, batch_size: int, now: Now, columns: Sequence[str] = ALL_COLUMNS
+) -> dict[str, Any]:
     """Time the loop over a SUT that does nothing, in blocks that alternate with bare clock reads.
 
     Args:
@@ -274,18 +291,19 @@ def measure_harness(loop: Loop, depth: int, batch_size: int, now: Now) -> dict[s
         depth: of the SUT that will be measured.
         batch_size: rows of a group.
         now: the clock.
+        columns: of the log.
 
     Returns:
         Raw block times in ns (``loop_ns``, ``clock_ns``) with ``batches`` and ``reads`` a block.
     """
     # One row a group, whatever its size: a larger log would only show as the run's memory.
-    log = SampleLog.in_memory(HARNESS_BATCHES, ALL_COLUMNS)
+    log = SampleLog.in_memory(HARNESS_BATCHES, columns)
     indices = np.arange(batch_size)
     loops, clocks = [], []
     for _ in range(HARNESS_BLOCKS):
         begin = now()
         groups = ((row, indices[:batch_size]) for row in range(HARNESS_BATCHES))
-        loop(_Nothing(depth), log, groups, {}, [], now)
+        loop(_Nothing(depth), log, groups, collector(log, {}, [], now), now)
         loops.append(now() - begin)
         begin = now()
         for _ in range(HARNESS_BATCHES):
@@ -299,10 +317,32 @@ def measure_harness(loop: Loop, depth: int, batch_size: int, now: Now) -> dict[s
     }
 
 
-def groups_of(order: Indices, batch_size: int) -> Iterable[tuple[int, Indices]]:
+def groups_of(order: Indices, batch_size: int) -> Groups:
     """Yield (first row, sample indices) of each group; views of ``order``, nothing is copied."""
     for row in range(0, len(order), batch_size):
         yield row, order[row : row + batch_size]
+
+
+def groups_after(begin: Callable[[], None], order: Indices, batch_size: int) -> Groups:
+    """Yield the groups, the first one after ``begin`` has returned: the loop is then set up."""
+    groups = iter(groups_of(order, batch_size))
+    first = next(groups)
+    begin()
+    yield first
+    yield from groups
+
+
+def closed_part(
+    rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]
+) -> Part:
+    """Return a rank's part of a window whose samples are there at once, or come one by one.
+
+    Raises:
+        UsageError: a rank would have no samples; all ranks raise it alike.
+    """
+    counts, cut = plan_samples(settings, rates)
+    order = sample_order(sut.resident, sum(counts[:rank]), counts[rank], settings.seed)
+    return Part(order, counts, settings.group, cut=cut)
 
 
 def sample_order(total: int, first: int, count: int, seed: int) -> Indices:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from distbench import files
 from distbench.errors import UsageError, where
 from distbench.liveness import IDLE
-from distbench.run import rank_folder, write_done, write_manifest
+from distbench.run import Run, rank_folder, write_done, write_manifest
 from distbench.samples import SampleLog
 from distbench.windows import load_run
 from distbench.wire import End
@@ -223,7 +223,8 @@ class Recorder:
         self._flusher.join(timeout=5)
 
     def _progress(self) -> tuple[int, float]:
-        return self.log.ended[0], self.stall_s if self.flying else float("inf")
+        busy = self.flying and not self.log.idle[0]
+        return self.log.ended[0], self.stall_s if busy else float("inf")
 
     def _tick(self) -> None:
         if self.flying:
@@ -307,6 +308,8 @@ class Recorder:
 def write_report(path: Path) -> str:
     """Judge a result directory from its rank folders and write result.json, report.txt, manifest.
 
+    A result that all ranks made together, and that cannot be made again here, is left as it is.
+
     Args:
         path: the result directory, of one window or of several.
 
@@ -317,7 +320,10 @@ def write_report(path: Path) -> str:
         UsageError: no rank folder is readable.
         OSError: the disk is full.
     """
-    return write_result(path, load_run(path).result())
+    run = load_run(path)
+    if isinstance(run, Run) and run.judged is not None:
+        return run.report()
+    return write_result(path, run.result())
 
 
 def write_result(path: Path, result: dict[str, Any]) -> str:

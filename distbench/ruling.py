@@ -4,37 +4,81 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
+from distbench.bounds import Bound
 from distbench.findings import Finding
-from distbench.gates import WORDING, Gate, offline_gates
+from distbench.gates import WORDING, Bounded, Gate, offline_gates, server_gates, stream_gates
+from distbench.pool import Pool, series
 from distbench.rules import Limits, Rules, limits, parse_rules
-from distbench.times import Makespan, RankTimes
+from distbench.run import RankRecord
+from distbench.scenarios import scenario
+from distbench.times import Makespan, RankTimes, since_start_ns
 
 
 def ruled(
-    before: Mapping[str, Any], times: Sequence[RankTimes], span: Makespan
+    pool: Pool, times: Sequence[RankTimes], span: Makespan
 ) -> tuple[dict[str, Any], list[Gate]]:
-    """Judge an Offline window by the rules that were asked for.
+    """Judge a window by the rules that were asked for.
 
     Args:
-        before: rank.json of a rank, whose ``rules``, ``scenario`` and ``model`` count.
+        pool: how to reach the samples; every rank calls this, and makes the same calls of it.
         times: of all ranks.
         span: their makespan, which is Offline's largest latency on one clock.
 
     Returns:
         ``verdict.rules`` of result.json, and its gates.
     """
+    before = pool.run.first.before
     rules = parse_rules(before.get("rules", "none"))
     if rules.round is None:
         return _section(rules, None, []), []
     limit = round_limits(rules, before)
-    if span.value_ns is None:
+    queries = sum(t.ok for t in times)
+    if span.value_ns is None or queries == 0:
         return _section(rules, "INVALID", []), []
+    kind = scenario(before["scenario"])
     errors = sum(t.failed + t.pending for t in times)
-    gates = offline_gates(span.value_ns, sum(t.ok for t in times), errors, limit)
+    if kind.drained:
+        gates = offline_gates(span.value_ns, queries, errors, limit)
+    elif kind.stream:
+        gates = _worst([_stream(t, limit) for t in times])
+    else:
+        last_ns = max(since_start_ns(t) for t in times)
+        gates = server_gates(last_ns, queries, errors, _bounded(pool, queries, limit), limit)
     word = "SHORTENED" if limit.shortened else "VALID"
     return _section(rules, word if all(g.passed for g in gates) else "INVALID", gates), gates
+
+
+def _stream(t: RankTimes, limit: Limits) -> list[Gate]:
+    queries = t.series["latency"][0]
+    return stream_gates(since_start_ns(t), queries, t.failed + t.pending, limit)
+
+
+def _worst(replicas: Sequence[Sequence[Gate]]) -> list[Gate]:
+    """Return of each gate the replica's that stands worst: each replica is a stream of its own."""
+    return [
+        min(same, key=lambda gate: (gate.passed, -gate.value if gate.limit == 0 else gate.value))
+        for same in zip(*replicas, strict=True)
+    ]
+
+
+def _bounded(pool: Pool, queries: int, limit: Limits) -> list[Bounded]:
+    """Return the percentiles that a round limits, over all ranks."""
+    named = {"latency": limit.latency_ns, "ttft": limit.ttft_ns, "tpot": limit.tpot_ns}
+    found = []
+    for name, limit_ns in named.items():
+        if limit_ns is None:
+            continue
+        (value_ns,) = pool.order(name, [int(queries * limit.percentile)])
+        over = pool.gather(partial(_over, name=name, limit_ns=limit_ns))
+        found.append(Bounded(name, value_ns, limit_ns, sum(over)))
+    return found
+
+
+def _over(record: RankRecord, name: str, limit_ns: int) -> int:
+    return int((series(record, name) > limit_ns).sum())
 
 
 def round_limits(rules: Rules, before: Mapping[str, Any]) -> Limits:
@@ -42,7 +86,19 @@ def round_limits(rules: Rules, before: Mapping[str, Any]) -> Limits:
     assert rules.round is not None
     name = before["model"]["name"].partition(",")[0]
     known = name if name in [model.name for model in rules.round.models] else ""
-    return limits(rules, before["scenario"], known, dataset_size=before["model"]["total"])
+    asked = [each for each in bounds_of(before) if each.metric == "latency.p99"]
+    return limits(
+        rules,
+        before["scenario"],
+        known,
+        dataset_size=before["model"]["total"],
+        latency_ns=asked[0].limit_ns if asked else None,
+    )
+
+
+def bounds_of(before: Mapping[str, Any]) -> tuple[Bound, ...]:
+    """Return the bounds that a run was asked to keep, as rank.json has them."""
+    return tuple(Bound(**each) for each in (before.get("load") or {}).get("bounds", []))
 
 
 def _section(rules: Rules, word: str | None, gates: Sequence[Gate]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ which is what ``verify`` recomputes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from numpy.typing import NDArray
 
 from distbench import files
 from distbench.clock import ClockModel, Exchange
-from distbench.errors import UsageError
+from distbench.errors import UsageError, where
+from distbench.findings import Finding
 from distbench.samples import npy_bytes, read_rows, spread_column
 
 SCHEMA_VERSION = 1
+JUDGED_BY_ALL = "judged-by-all"
+"""Code of the note that a result cannot be recomputed where it is read."""
 Rows = NDArray[np.int64]
 
 
@@ -79,7 +82,8 @@ class Run:
         world_size: ranks that took part.
         records: one per rank in order; None where a rank left nothing.
         folder: where it is stored; None while it is only in memory.
-        judged: the result, where it was made on all ranks from samples that stay on them.
+        judged: the result, where all ranks made it of samples that stay on them and it cannot be
+            made here.
     """
 
     world_size: int
@@ -179,7 +183,49 @@ def load_run(folder: Path | str) -> Run:
             f"{folder} mixes rank folders of different runs: {', '.join(sorted(runs))}"
         )
     size = sizes.pop()
-    return Run(size, tuple(records.get(rank) for rank in range(size)), folder)
+    run = Run(size, tuple(records.get(rank) for rank in range(size)), folder)
+    return replace(run, judged=_judged_by_all(run, folder))
+
+
+def _judged_by_all(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Return the result that all ranks made of samples that stay on them, with a note of that.
+
+    None where nothing is missing, so that it can be made again, and where result.json does not rest
+    on every rank or a file is not as the manifest has it.
+    """
+    if not run.missing or run.first.before.get("samples") != "shard":
+        return None
+    try:
+        result = files.read_json(folder / "result.json")
+        hosts = {int(row["rank"]): str(row["host"]) for row in result["per_rank"]}
+        told = result["verdict"]["findings"]
+        same = result["run_id"] == run.first.before["run_id"]
+    except (UsageError, LookupError, TypeError, ValueError):
+        return None
+    if not same or sorted(hosts) != list(range(run.world_size)) or not manifest_holds(folder):
+        return None
+    absent = [where(rank, hosts[rank]) for rank in run.missing]
+    shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
+    note = Finding(
+        "info",
+        "judged-by-all",
+        f"judged by all ranks together, whose samples stay on their disks: those of {shown} are "
+        "not here, so that no figure can be recomputed here",
+        remedy="to recompute it, copy the folders of the other ranks beside those that are here",
+    )
+    return {**result, "verdict": {**result["verdict"], "findings": [*told, asdict(note)]}}
+
+
+def manifest_holds(folder: Path) -> bool:
+    """Tell whether every file that the manifest lists, result.json among them, is as it was."""
+    try:
+        lines = (folder / "manifest.sha256").read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        return "result.json" in listed and all(
+            files.sha256_file(folder / name) == digest for name, digest in listed.items()
+        )
+    except (OSError, ValueError):
+        return False
 
 
 def _check_place(path: Path, rank: int, record: RankRecord) -> None:

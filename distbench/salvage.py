@@ -4,7 +4,8 @@
 
 DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
 the first lacks, or has only in part, are copied into it. Then result.json, report.txt and
-manifest.sha256 are written there. If all folders are whole, so is the report. Needs no torch.
+manifest.sha256 are written there. If all folders are whole, so is the report. A result that rests
+on ranks which are not here is never replaced (exit 2). Needs no torch.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from distbench import files
 from distbench.cli import run_command
-from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError
+from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_USAGE, UsageError, where
 from distbench.record import write_report
 from distbench.run import load_run as load_window
 from distbench.run import read_record
-from distbench.windows import load_run
+from distbench.windows import load_run, window_folders
 
 
 def merge(folders: Sequence[Path]) -> Path:
-    """Copy into the first directory the rank folders that it lacks.
+    """Copy into the first directory the rank folders that it lacks, and judge its windows.
 
     Args:
         folders: result directories of one run, from several hosts.
@@ -32,14 +34,41 @@ def merge(folders: Sequence[Path]) -> Path:
         The first directory.
 
     Raises:
-        UsageError: a directory is no result directory, or a folder is of another run.
+        UsageError: a directory is no result directory, a folder is of another run, or a result is
+            here that rests on more ranks than are here now.
     """
-    windows = {p.name for each in folders for p in (each / "windows").glob("*") if p.is_dir()}
-    for name in sorted(windows):
+    windows = []
+    for name in sorted({path.name for each in folders for path in window_folders(each)}):
+        if not any(any((each / "windows" / name).glob("ranks/*/rank.json")) for each in folders):
+            continue  # its ranks were ended before they wrote anything; the report names it
         (folders[0] / "windows" / name).mkdir(parents=True, exist_ok=True)
-        path = _merge_window([each / "windows" / name for each in folders])
+        windows.append(_merge_window([each / "windows" / name for each in folders]))
+    for path in windows or [_merge_window(folders)]:
+        _spare(path)
+    for path in windows:
         write_report(path)
-    return folders[0] if windows else _merge_window(folders)
+    return folders[0]
+
+
+def _spare(folder: Path) -> None:
+    """Refuse to replace a result by one of fewer ranks: it may be all that is left of them.
+
+    Raises:
+        UsageError: result.json rests on ranks that are not here.
+    """
+    try:
+        rows = files.read_json(folder / "result.json")["per_rank"]
+        hosts = {int(row["rank"]): str(row["host"]) for row in rows}
+    except (UsageError, LookupError, TypeError, ValueError):
+        return  # there is none, or nothing can be read from it
+    gone = [where(rank, hosts[rank]) for rank in load_window(folder).missing if rank in hosts]
+    if gone:
+        more = f" and {len(gone) - 4} more" if len(gone) > 4 else ""
+        raise UsageError(
+            f"{folder / 'result.json'} rests on samples of {', '.join(gone[:4])}{more} as well, "
+            "which are not here, so it is not replaced: copy their folders beside those that are "
+            "here, or move result.json away"
+        )
 
 
 def _merge_window(folders: Sequence[Path]) -> Path:

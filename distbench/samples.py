@@ -44,11 +44,11 @@ COLUMNS = (
 """Every column there is, in file order; a log has those that its scenario fills.
 
 index: sample index. scheduled, ready, issued, started, finished, completed, first_token: ns on this
-rank's clock. device: device time of the group, ns. count: rows of the group, in its first row,
-else 0. served_by: rank. tokens: tokens of the row.
+rank's clock; ready is when the loop could have issued the group. device: device time of the group,
+ns. count: rows of the group, in its first row, else 0. served_by: rank. tokens: tokens of the row.
 """
 
-SPREAD = ("issued", "started", "finished", "completed", "served_by")
+SPREAD = ("ready", "issued", "started", "finished", "completed", "served_by")
 """Columns whose value in a group's first row holds for every row of the group."""
 
 Array = NDArray[np.int64]
@@ -66,6 +66,7 @@ class SampleLog:
         columns: names of the columns, in file order.
         rows: shape (capacity, len(columns)), int64; the mapped array itself.
         ended: one number, the rows of the groups that have ended; another thread may read it.
+        idle: one truth, whether the loop waits with nothing in flight; likewise.
     """
 
     index: Array
@@ -83,7 +84,7 @@ class SampleLog:
     ) -> None:
         self.columns = tuple(columns)
         self.rows = rows
-        self.ended = [0]
+        self.ended, self.idle = [0], [False]
         self._mapped = mapped
         self._path: Path | None = None
         for position, name in enumerate(self.columns):
@@ -222,8 +223,8 @@ def fail_rest(log: SampleLog) -> None:
 def spread_column(rows: Array, columns: Sequence[str], name: str) -> Array:
     """Return one column for every sample, a group's stamp copied from its first row to the rest.
 
-    ``index``, ``scheduled`` and ``ready`` belong to each sample and are returned as they stand;
-    ``count`` and ``device`` belong to the group and stay in its first row.
+    ``index``, ``scheduled``, ``tokens`` and ``first_token`` belong to each sample and are returned
+    as they stand; ``count`` and ``device`` belong to the group and stay in its first row.
 
     Args:
         rows: shape (n, len(columns)), int64; not changed.

@@ -70,8 +70,9 @@ class SystemUnderTest(Protocol):
 
     Optional attributes: ``held_out`` (sample indices, int64) and ``score(indices, outputs) ->
     (numerator, denominator)`` for accuracy, ``target_accuracy`` that it must reach, ``digest``
-    (what the weights are, compared between ranks), ``flops_per_sample`` (operations the model needs
-    for a sample, held against what a known GPU can do).
+    (what the weights are, compared between ranks), ``dtype`` (what it computes in, such as "fp16",
+    likewise), ``flops_per_sample`` (operations the model needs for a sample, held against what a
+    known GPU can do).
 
     Attributes:
         total: sample indices are 0 .. total-1.

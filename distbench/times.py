@@ -34,7 +34,11 @@ class RankTimes:
         whole: whether its samples are there.
         issued_ns: when its first group was issued, own clock; None when unknown.
         groups: groups that ended well.
+        last_due_ns: schedule of its last query, in a stream its issue, own clock.
+        last_done_ns: completion of its last query, own clock; None where that did not complete.
+        own: its own latencies at some percentiles, ns, by the metric's name.
         series: number, largest and sum of each series, ns.
+        contradicting: groups whose stamps by the engine cannot be true; no series has them.
     """
 
     rank: int
@@ -50,7 +54,11 @@ class RankTimes:
     whole: bool = True
     issued_ns: int | None = None
     groups: int = 0
+    last_due_ns: int | None = None
+    last_done_ns: int | None = None
+    own: Mapping[str, int] = field(default_factory=dict)
     series: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    contradicting: int = 0
 
 
 def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes:
@@ -90,8 +98,17 @@ def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes
         whole=found["whole"],
         issued_ns=found["issued_ns"],
         groups=found["groups"],
+        last_due_ns=found["last_due_ns"],
+        last_done_ns=found["last_done_ns"],
+        own=found["own"],
         series={name: (n, most, total) for name, (n, most, total) in found["series"].items()},
+        contradicting=found["contradicting"],
     )
+
+
+def since_start_ns(t: RankTimes) -> int:
+    """Return when a rank's last query was due, in a stream issued, since the agreed instant, ns."""
+    return 0 if t.last_due_ns is None or t.scheduled_ns is None else t.last_due_ns - t.scheduled_ns
 
 
 @dataclass(frozen=True)

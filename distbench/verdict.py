@@ -8,12 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from distbench import metrics as m
+from distbench.bounds import bounds_found
 from distbench.checks import facts_found
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
-from distbench.ruling import marginal, ruled
+from distbench.ruling import bounds_of, marginal, ruled
 from distbench.run import Run
+from distbench.scenarios import scenario
 from distbench.times import Makespan, RankTimes, makespan, rank_times
 from distbench.trust import measurement_found
 
@@ -34,8 +36,10 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     span = makespan(run, times)
     first = run.first.before
     figures = m.metrics(pool, times, span)
-    rules, gates = ruled(first, times, span)
-    found = worst_first([*findings(pool, times, span), *marginal(gates, figures)])
+    rules, gates = ruled(pool, times, span)
+    found = findings(pool, times, span, figures)
+    found += marginal(gates, figures) + bounds_found(bounds_of(first), figures)
+    found = worst_first(found)
     common, rest = common_and_rest([record.before["environment"] for record in run.present])
     return {
         "schema_version": first["schema_version"],
@@ -62,34 +66,53 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     }
 
 
-def findings(pool: Pool, times: list[RankTimes], span: Makespan) -> list[Finding]:
-    """Return all findings of a run, worst first."""
-    run = pool.run
+def findings(
+    pool: Pool, times: list[RankTimes], span: Makespan, figures: dict[str, dict[str, Any]]
+) -> list[Finding]:
+    """Return what is found of a run whatever it was asked to keep, worst first.
+
+    Args:
+        pool: its records.
+        times: of all ranks.
+        span: their makespan.
+        figures: its metrics.
+    """
+    run, headline = pool.run, scenario(pool.run.scenario).headline
     found = [Finding(**note) for record in run.present for note in record.before["findings"]]
     found += facts_found(run, times)
-    found += measurement_found(pool, times, span)
-    if span.reason and status(found) == "VALID":
-        found.append(
-            Finding(
-                "invalid",
-                "throughput-unknown",
-                f"throughput is unknown: {span.reason}",
-                remedy="mend what the sentence names, and run again",
-            )
-        )
+    found += measurement_found(pool, times, span, figures)
+    unknown = figures[headline]["reason"] if headline in figures else "no query completed"
+    if headline not in figures or figures[headline]["value"] is None:
+        found += _unknown(headline, unknown) * (status(found) == "VALID")
     return worst_first(found)
+
+
+def _unknown(headline: str, reason: str) -> list[Finding]:
+    return [
+        Finding(
+            "invalid",
+            "headline-unknown",
+            f"{headline} is unknown: {reason}",
+            remedy="mend what the sentence names, and run again",
+        )
+    ]
 
 
 def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     """Return the ``window`` section: what was run, where, for how long."""
     first = run.first.before
+    place = first.get("window") or {"number": None, "planned": None}
     return {
         "world_size": run.world_size,
         "hosts": sorted({record.host for record in run.present}),
         "started_utc": first["started_utc"],
         "command": first["command"],
         "model": first["model"],
+        "group": first["group"],
+        "load": first.get("load"),
         "until": first.get("until"),
+        "number": place["number"],
+        "planned": place["planned"],
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

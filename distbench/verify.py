@@ -18,9 +18,10 @@ from distbench.cli import run_command
 from distbench.errors import EXIT_CRASH, EXIT_INCOMPLETE, EXIT_OK, UsageError
 from distbench.report.text import to_text
 from distbench.run import load_run as load_window
-from distbench.windows import load_run
+from distbench.windows import load_run, window_folders
 
 SHOWN = 40
+AGREES = "the run is INCOMPLETE, and its figures agree"
 
 
 def differences(stored: Any, computed: Any, place: str = "") -> list[str]:
@@ -136,7 +137,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     Raises:
         UsageError: it is no result directory.
     """
-    windows = sorted(path for path in (folder / "windows").glob("*") if path.is_dir())
+    windows = window_folders(folder)
     if windows:
         return _verify_windows(folder, windows)
     if not (folder / "ranks").is_dir():
@@ -168,7 +169,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
     if wrong:
         return EXIT_CRASH, wrong + missing
     if missing or incomplete:
-        return EXIT_INCOMPLETE, missing or ["the run is INCOMPLETE, and its figures agree"]
+        return EXIT_INCOMPLETE, missing or [AGREES]
     return EXIT_OK, []
 
 
@@ -197,7 +198,13 @@ def _verify_windows(folder: Path, windows: Sequence[Path]) -> tuple[int, list[st
         f"{name}: missing" for name in ("result.json", "report.txt") if not (folder / name).exists()
     ]
     if not missing and not wrong:
-        wrong += check_figures(folder, load_run(folder).result())
+        try:
+            computed = load_run(folder).result()
+            wrong += check_figures(folder, computed)
+            if computed["verdict"]["status"] == "INCOMPLETE":
+                missing.append(AGREES)
+        except UsageError as error:  # each window is good alone, but they are of different runs
+            wrong.append(str(error))
     if wrong:
         return EXIT_CRASH, wrong + missing
     return (EXIT_INCOMPLETE, missing) if missing else (EXIT_OK, [])

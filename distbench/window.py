@@ -7,8 +7,9 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,23 +19,24 @@ from distbench.environment import schedstat
 from distbench.errors import DistbenchError, ModelError, UsageError, where
 from distbench.preamble import agree_on_run, describe_after, describe_rank
 from distbench.prepare import (
-    ALL_COLUMNS,
     OPTIONAL,
+    Course,
+    Cue,
     Loop,
-    Settings,
+    Part,
     Warmup,
     choose_kept,
-    groups_of,
     measure_harness,
-    plan_samples,
-    sample_order,
+    shapes,
     share_out,
     stay_on_ranks,
     warm_up,
 )
 from distbench.samples import fail_rest
+from distbench.scenarios import scenario
+from distbench.settings import Settings
 from distbench.steady import UNTIL_LEAST
-from distbench.sut import Indices, SystemUnderTest
+from distbench.sut import SystemUnderTest, collector
 from distbench.windows import Windows, until
 from distbench.wire import End
 
@@ -52,29 +54,43 @@ def setup_limit_s(settings: Settings) -> float:
     return max(SETUP_S, (settings.timeout_ns or 0) / 1e9)
 
 
+@dataclass
+class Turn:
+    """Where a command of several windows stands.
+
+    Attributes:
+        number: of the next window, from 0.
+        planned: how many there are to be by the last decision; 0 for a command of one window.
+    """
+
+    number: int = 0
+    planned: int = 0
+
+    def told(self) -> dict[str, int] | None:
+        """Return what a window's rank.json has of it; None for a command of one window."""
+        return {"number": self.number, "planned": self.planned} if self.planned else None
+
+
 @dataclass(frozen=True)
 class _Prepared:
     """What is known before the first window, and holds for all of them."""
 
-    scenario: str
-    loop: Loop
+    course: Course
     sut: SystemUnderTest
     settings: Settings
     warm: Warmup
     cost: dict[str, Any]
     rates: Sequence[float]
-    counts: Sequence[int]
-    cut: bool
+    part: Part
 
 
 def measure(
-    scenario: str, loop: Loop, sut: SystemUnderTest, world: World, settings: Settings
+    course: Course, sut: SystemUnderTest, world: World, settings: Settings
 ) -> Run | Windows:
     """Take one window, or with --until several, from warm-up to the written result.
 
     Args:
-        scenario: its name, as it stands in the result.
-        loop: its timed loop.
+        course: how the scenario fills a window.
         sut: the system under test of this rank.
         world: all ranks; all call it.
         settings: alike on all ranks.
@@ -86,33 +102,44 @@ def measure(
         UsageError: something cannot be used as asked, on any rank; all ranks raise it.
         IncompleteError: the result could not be written.
     """
-    agree_on_run(world, sut, settings)
-    if settings.num_samples is not None:
-        plan_samples(settings, [1.0] * world.world_size)  # too few is told before the warm-up
-    start.set_timer_slack()
-    cost = measure_harness(loop, sut.depth, settings.batch_size, world.now)
-    start.synchronize(world, "first")
-    warm = _warm(loop, sut, world, settings)
-    rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
-    counts, cut = plan_samples(settings, rates)
-    _warm_tail(loop, sut, world, settings, counts[world.rank])
-    prepared = _Prepared(scenario, loop, sut, settings, warm, cost, rates, counts, cut)
-    folder = record.name_folder(world, settings.output_dir, scenario, settings.name)
+    prepared = prepare(course, sut, world, settings)
+    folder = record.name_folder(world, settings.output_dir, course.scenario, settings.name)
     if settings.until is None:
-        return _one(prepared, world, folder)
-    runs: list[Run] = []
-    measured_qps: list[float | None] = []
-    wanted = UNTIL_LEAST
-    while len(runs) < wanted:
-        own = record.window_folder(folder, len(runs), world.rank)
-        runs.append(_one(prepared, world, own, scored=bool(runs)))
+        return one_window(prepared, world, folder, Turn())
+    return _several(prepared, world, folder, settings.until)
+
+
+def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
+    """Take windows until throughput is known to within ``asked``; of each only its result stays."""
+    turn = Turn(0, UNTIL_LEAST)
+    results: dict[str, dict[str, Any]] = {}
+    while turn.number < turn.planned:
+        own = record.window_folder(folder, turn.number, world.rank)
+        run = one_window(prepared, world, own, turn)
         if world.rank == 0:
-            measured_qps.append(runs[-1].result()["metrics"]["throughput"]["value"])
-        if len(runs) == wanted:
-            wanted = _more(world, settings.until, wanted, measured_qps)
-    several = Windows(tuple(runs), folder.path if world.rank == 0 else None)
-    finish.write_windows(world, several)
-    return several
+            results[own.path.name] = run.result()
+        del run  # with the samples of all ranks, before those of the next window come
+        turn.number += 1
+        if turn.number == turn.planned:
+            rates = [each["metrics"]["throughput"]["value"] for each in results.values()]
+            turn.planned = _more(world, asked, turn.planned, rates)
+    return finish.write_windows(world, folder.path, results)
+
+
+def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> _Prepared:
+    """Agree on the run, measure harness and clocks, warm up, fix every rank's part."""
+    agree_on_run(world, sut, settings)
+    size, rank = world.world_size, world.rank
+    if settings.num_samples is not None or settings.load is not None:
+        course.part(rank, sut, settings, [1.0] * size)  # too few is told before the warm-up
+    start.set_timer_slack()
+    cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
+    start.synchronize(world, "first")
+    warm = _warm(course.loop, sut, world, settings)
+    rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
+    part = course.part(rank, sut, settings, rates)
+    _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
+    return _Prepared(course, sut, settings, warm, cost, rates, part)
 
 
 def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:
@@ -126,17 +153,16 @@ def _more(world: World, asked: float, made: int, rates: list[float | None]) -> i
     return int(world.side.meet("until", b"", lambda _: told))
 
 
-def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool = False) -> Run:
-    """Take one window; ``scored``: an earlier one had the accuracy pass."""
-    sut, settings, warm = prepared.sut, prepared.settings, prepared.warm
-    counts = prepared.counts
+def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
+    """Take one window."""
+    course, sut, settings = prepared.course, prepared.sut, prepared.settings
+    warm, part = prepared.warm, prepared.part
     record.open_folder(world, folder)
-    columns = [c for c in ALL_COLUMNS if c not in OPTIONAL or c in warm.columns]
-    log = record.make_log(world, folder, counts[world.rank], columns)
-    order = sample_order(sut.resident, sum(counts[: world.rank]), counts[world.rank], settings.seed)
-    log.index[:] = order
+    columns = [c for c in course.columns if c not in OPTIONAL or c in warm.columns]
+    log = record.make_log(world, folder, len(part.order), columns)
+    log.index[:] = part.order
     before = describe_rank(
-        prepared.scenario,
+        course.scenario,
         world,
         sut,
         settings,
@@ -145,24 +171,28 @@ def _one(prepared: _Prepared, world: World, folder: record.Folder, scored: bool 
         prepared.cost,
         columns,
         prepared.rates,
-        prepared.cut,
+        part,
     )
+    shard = stay_on_ranks(settings, part.counts)
+    before |= {"window": turn.told(), "samples": "shard" if shard else "gather"}
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
     try:
-        kept = window(prepared.loop, sut, world, recorder, order, settings)
+        kept = window(course, sut, world, recorder, part, settings)
         recorder.after |= describe_after(world)
         raised = bool(recorder.after.get("raised"))
         with record.watched(world, setup_limit_s(settings)) as tell:
             score, accurate = finish.accuracy_pass(
-                sut, world, settings.batch_size, raised, scored, tell
+                sut, world, settings.group, raised, turn.number > 0, tell
             )
-        indices_of = {row: order[row : row + settings.batch_size].tolist() for row in kept}
-        recorder.after["outputs"] = finish.check_outputs(kept, indices_of, accurate)
+        indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
+        recorder.after["outputs"] = finish.check_outputs(
+            kept, indices_of, accurate, finish.tolerance(sut)
+        )
         recorder.after["score"] = score
-        return finish.finish(world, recorder, before, stay_on_ranks(settings, counts))
+        return finish.finish(world, recorder, before, shard)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.
@@ -184,24 +214,24 @@ def _own_end(world: World, error: BaseException) -> End:
 
 
 def window(
-    loop: Loop,
+    course: Course,
     sut: SystemUnderTest,
     world: World,
     recorder: record.Recorder,
-    order: Indices,
+    part: Part,
     settings: Settings,
 ) -> dict[int, Any]:
     """Agree on a start, run the loop in quiet, meet the others, and measure the clocks again."""
-    log, batch = recorder.log, settings.batch_size
-    kept = choose_kept(len(order), batch, settings.seed + world.rank)
+    log, halt = recorder.log, world.side.open_window()
+    kept = choose_kept(len(part.order), part.group, settings.seed + world.rank)
     errors: list[str] = []
     if world.rank == 0:
-        recorder.show = record.progress_line(len(order), settings.quiet)
+        recorder.show = record.progress_line(len(part.order), settings.quiet)
     spin_ns = start.measure_spin_ns(world.now)
     with start.quiet():
         # 5 ns a row: what it takes to fill one column of a touched map, with room to spare.
         plan = start.agree_start(world, "window", spin_ns, extra_ns=5 * log.capacity)
-        log.scheduled[:] = plan.local_ns
+        log.scheduled[:] = plan.local_ns if part.due_ns is None else plan.local_ns + part.due_ns
         recorder.after["plan"] = {
             "reference_ns": plan.reference_ns,
             "local_ns": plan.local_ns,
@@ -209,11 +239,16 @@ def window(
             "rehearsals_ns": list(plan.rehearsals_ns),
             "margin_ns": plan.margin_ns,
         }
+
+        def begin() -> None:
+            recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
+
+        cue = Cue(world.now, begin, partial(start.wait_until, now=world.now, spin_ns=spin_ns), halt)
+        collect = collector(log, kept, errors, world.now)
         recorder.flying = True
         switches, delay_ns = schedstat()
-        groups = _from_instant(world, plan.local_ns, spin_ns, order, batch, recorder.after)
         try:
-            loop(sut, log, groups, kept, errors, world.now)
+            course.drive(sut, log, part, collect, cue)
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on
             errors.insert(0, f"{type(error).__name__}: {error}")
             fail_rest(log)
@@ -221,9 +256,13 @@ def window(
         ended = world.now()
         switches_after, delay_after_ns = schedstat()
         recorder.flying = False
+    if scenario(course.scenario).stream:
+        begun = log.count > 0
+        log.scheduled[:] = np.repeat(log.issued[begun], log.count[begun])[: log.capacity]
     recorder.after |= {
         "ended_ns": ended,
         "errors": errors,
+        "halted": halt[0],
         "quiet": {
             "involuntary_switches": switches_after - switches,
             "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
@@ -235,28 +274,12 @@ def window(
     return kept
 
 
-def _from_instant(
-    world: World,
-    instant_ns: int,
-    spin_ns: int,
-    order: Indices,
-    batch_size: int,
-    after: dict[str, Any],
-) -> Iterator[tuple[int, Indices]]:
-    """Yield the groups, the first one at the agreed instant: the loop is then set up already."""
-    groups = iter(groups_of(order, batch_size))
-    first = next(groups)
-    after["started_ns"] = start.wait_together(world, instant_ns, spin_ns)
-    yield first
-    yield from groups
-
-
 def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
     """Load the samples and warm up; a failure on any rank stops all with its sentence."""
-    size = settings.batch_size
+    size = settings.group
     if settings.num_samples is not None:
         share = share_out(settings.num_samples, world.rank, None, world.world_size)
-        size = min(size, share)
+        size = min(size, max(1, share))
     order = np.arange(sut.resident, dtype=np.int64)
     problem, warm = None, Warmup(0.0, 0, 0, ())
     try:
@@ -269,18 +292,18 @@ def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) ->
     return warm
 
 
-def _warm_tail(
-    loop: Loop, sut: SystemUnderTest, world: World, settings: Settings, count: int
+def _warm_shapes(
+    loop: Loop, sut: SystemUnderTest, world: World, settings: Settings, sizes: Sequence[int]
 ) -> None:
-    """Run the shape of a last group that is not full: its first run may compile something."""
-    problem, rest = None, count % settings.batch_size
-    if rest and count > settings.batch_size:
-        try:
-            with record.watched(world, setup_limit_s(settings)) as tell:
-                order = np.arange(sut.resident, dtype=np.int64)
-                warm_up(loop, sut, rest, 0, order, world.now, tell)
-        except Exception as error:  # likewise
-            problem = _failed_warm_up(error)
+    """Run groups of other sizes that may come: the first run of a shape may compile something."""
+    problem = None
+    try:
+        with record.watched(world, setup_limit_s(settings)) as tell:
+            order = np.arange(sut.resident, dtype=np.int64)
+            for size in sizes:
+                warm_up(loop, sut, size, 0, order, world.now, tell)
+    except Exception as error:  # likewise
+        problem = _failed_warm_up(error)
     world.check("last group", problem)
 
 

@@ -185,3 +185,20 @@ class EagerOnGpu:
         """Wait for what is in flight, then forget it."""
         while self._flying:
             self.poll(FOREVER)
+
+
+def eager(
+    module: torch.nn.Module, samples: torch.Tensor, batch_size: int, now: Now = now_ns
+) -> EagerOnCpu | EagerOnGpu:
+    """Return the engine for the device that a module's parameters are on.
+
+    Args:
+        module: as the engines take it.
+        samples: likewise.
+        batch_size: largest group.
+        now: clock for stamps and limits.
+    """
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        return EagerOnGpu(module, samples, batch_size, device, now=now)
+    return EagerOnCpu(module, samples, now)

@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distbench.cli import nearest, positive, positive_duration_ns
+from distbench.cli import nearest, one_of, positive, positive_duration_ns
 from distbench.errors import DistbenchError, ModelError, UsageError
 from distbench.sut import Echo, Sleep, SystemUnderTest, adapted
 
 if TYPE_CHECKING:
     from distbench.world import World
 
-OPTIONS = {
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
+"""What --dtype takes; ``precision`` tells what each means."""
+
+
+def _path(text: str) -> str:
+    if not text:
+        raise UsageError("no file is named")
+    return text
+
+
+OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
     "digits": {"width": positive, "depth": positive},
+    "resnet50": {
+        "weights": _path,
+        "samples": positive,
+        "layout": one_of("channels_last", "contiguous"),
+    },
     "sleep": {"per_sample": positive_duration_ns},
     "echo": {},
 }
 """Embedded models and the options each takes after its name."""
+STAND_INS = ("sleep", "echo")
+"""Those that compute nothing."""
 
 
 def check_model(spec: str) -> str:
@@ -28,7 +46,7 @@ def check_model(spec: str) -> str:
     Raises:
         UsageError: an unknown name (the nearest is named), or an unusable option of a model.
     """
-    if ":" not in spec:
+    if not _is_factory(spec):
         split_model(spec)
     elif spec.startswith("hf:"):
         raise UsageError("models of the hf: kind are not in this version; use MODULE:FACTORY")
@@ -62,27 +80,61 @@ def split_model(spec: str) -> tuple[str, dict[str, Any]]:
     return name, values
 
 
-def load_model(spec: str, world: World, batch_size: int) -> SystemUnderTest:
+def load_model(spec: str, world: World, batch_size: int, dtype: str = "") -> SystemUnderTest:
     """Build the system under test that --model names.
 
     Args:
         spec: NAME[,key=value...] or MODULE:FACTORY.
         world: this rank's place; given to the factory.
         batch_size: largest group that will be issued.
+        dtype: one of ``DTYPES``; "" is fp32 for an embedded model, and its own for any other.
 
     Raises:
         UsageError: the model cannot be built; the sentence names the model and the reason.
     """
-    if ":" in spec:
+    check_dtype(spec, dtype)
+    if _is_factory(spec):
         return _from_factory(spec, world)
     name, values = split_model(spec)
     if name == "echo":
         return Echo()
     if name == "sleep":
         return Sleep(values.get("per_sample", 1_000_000), now=world.now)
-    from distbench.models.digits import build  # noqa: PLC0415  torch, and only where it is used
+    # torch, and only where it is used
+    if name == "resnet50":
+        from distbench.models.resnet50 import build as build_resnet50  # noqa: PLC0415
 
-    return build(world.device, batch_size, now=world.now, **values)
+        return build_resnet50(world.device, batch_size, world.now, dtype or "fp32", **values)
+    from distbench.models.digits import build  # noqa: PLC0415
+
+    return build(world.device, batch_size, world.now, dtype or "fp32", **values)
+
+
+def check_dtype(spec: str, dtype: str) -> None:
+    """Refuse a --dtype that the model would not follow.
+
+    Args:
+        spec: NAME[,key=value...] or MODULE:FACTORY.
+        dtype: one of ``DTYPES``; "" where none was asked for.
+
+    Raises:
+        UsageError: the model is one of the user's own, or a stand-in.
+    """
+    if not dtype:
+        return
+    if _is_factory(spec):
+        raise UsageError(
+            f"--dtype {dtype} does not apply to model {spec}: its factory decides what it computes "
+            "in, so set it there"
+        )
+    name = spec.partition(",")[0]
+    if name in STAND_INS:
+        raise UsageError(f"--dtype {dtype} does not apply to model {name}: it computes nothing")
+
+
+def _is_factory(spec: str) -> bool:
+    """Tell MODULE:FACTORY from a name with options, in whose values a colon may stand."""
+    return ":" in spec.partition(",")[0]
 
 
 def _from_factory(spec: str, world: World) -> SystemUnderTest:

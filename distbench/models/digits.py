@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from distbench.clock import Now, now_ns
-from distbench.engines.eager import EagerOnCpu, EagerOnGpu
+from distbench.engines.eager import EagerOnCpu, EagerOnGpu, eager
 from distbench.gpus import Device
 from distbench.models.digits_net import build_net, read_data
+from distbench.models.precision import count_flops, set_precision
 from distbench.sut import Indices
 
 TARGET_ACCURACY = 0.98
@@ -25,7 +25,12 @@ and 360 samples scatter by 0.5 % about that."""
 
 
 def build(
-    device: Device, batch_size: int, now: Now = now_ns, width: int = 32, depth: int = 3
+    device: Device,
+    batch_size: int,
+    now: Now = now_ns,
+    dtype: str = "fp32",
+    width: int = 32,
+    depth: int = 3,
 ) -> EagerOnCpu | EagerOnGpu:
     """Make the digits system under test.
 
@@ -33,6 +38,7 @@ def build(
         device: where to compute.
         batch_size: largest group.
         now: clock for the engine's stamps.
+        dtype: "fp32", "tf32", "bf16" or "fp16"; see ``precision``.
         width: channels of the network; 32 is the trained one.
         depth: convolutions of the network; 3 is the trained one.
 
@@ -40,33 +46,23 @@ def build(
         A system under test over 1,797 samples; outputs are logits, shape (n, 10), float32.
 
     Raises:
-        UsageError: the embedded files are damaged, or width or depth is out of range.
+        UsageError: the embedded files are damaged, width or depth is out of range, or nothing
+            computes in this dtype here.
     """
+    stored = set_precision(dtype, device)
     data = read_data()
     net, digest = build_net(width, depth)
     samples = torch.from_numpy(data.images)
-    sut: Any
-    if device.type == "cuda":
-        gpu = torch.device("cuda", device.index)
-        sut = EagerOnGpu(net.to(gpu), samples, batch_size, gpu)
-    else:
-        sut = EagerOnCpu(net, samples, now)
-    sut.digest = digest
-    sut.flops_per_sample = _flops(net, samples)
+    net.to(torch.device(device.type, device.index), stored)
+    flops = count_flops(net, samples[:1], dtype)
+    sut: Any = eager(net, samples, batch_size, now)
+    sut.digest, sut.dtype, sut.flops_per_sample = digest, dtype, flops
     if digest.startswith("sha256:"):
         labels = data.labels.astype(np.int64)
         sut.target_accuracy = TARGET_ACCURACY
         sut.held_out = data.held_out.astype(np.int64)
         sut.score = lambda indices, outputs: count_right(labels, indices, outputs)
     return sut  # type: ignore[no-any-return]
-
-
-def _flops(net: torch.nn.Module, samples: torch.Tensor) -> int:
-    """Return the operations of one sample, as torch counts them from the layers' shapes."""
-    device = next(net.parameters()).device
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        net(samples[:1].to(device))
-    return int(counter.get_total_flops())
 
 
 def count_right(labels: Indices, indices: Indices, outputs: Sequence[Any]) -> tuple[int, int]:

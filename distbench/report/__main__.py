@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from distbench import files
-from distbench.cli import Option, nearest, parse, run_command
-from distbench.compare import load_result, positionals, read_words
+from distbench.cli import Option, nearest, parse, positionals, read_words, run_command
+from distbench.compare import load_result
 from distbench.errors import EXIT_OK, UsageError
 from distbench.report.tables import metrics_csv, ranks_csv, to_markdown
 from distbench.report.text import to_text

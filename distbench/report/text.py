@@ -18,6 +18,7 @@ from distbench.report.units import (
     whole_or_dash,
     wrapped,
 )
+from distbench.scenarios import scenario
 
 LATENCIES = ("p50", "p90", "p95", "p97", "p99", "p99.9", "max", "mean")
 SAME_FINDINGS = 4
@@ -68,14 +69,25 @@ def _gates(result: dict[str, Any]) -> list[str]:
 
 def _headline(result: dict[str, Any]) -> str:
     window, config = result["window"], result["config"]
-    hosts = window["hosts"]
-    ranks, batch = window["world_size"], config["batch_size"]["value"]
-    return (
-        f"{result['scenario']}  {window['model']['name']}  {counted(ranks, 'rank')} on "
-        f"{counted(len(hosts), 'host')} ({', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)})  "
-        f"batch size {batch}  {window['samples']:,} samples  seed {config['seed']['value']}  "
-        f"shares {config['shares']['value']}"
-    )
+    hosts, kind, load = window["hosts"], scenario(result["scenario"]), window["load"]
+    parts = [
+        result["scenario"],
+        window["model"]["name"],
+        f"{counted(window['world_size'], 'rank')} on {counted(len(hosts), 'host')} "
+        f"({', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)})",
+        f"{'batch size' if kind.drained else 'up to'} {window['group']}"
+        + " samples a group" * (not kind.drained),
+        f"{window['samples']:,} samples",
+        f"seed {config['seed']['value']}",
+    ]
+    if load is not None:
+        parts.append(
+            f"{load['arrival']} at {load['target_qps']:g} queries/s, {load['dispatch']} dispatch, "
+            f"waiting at most {duration(load['max_wait_ns'] / 1e9)}"
+        )
+    elif kind.drained:
+        parts.append(f"shares {config['shares']['value']}")
+    return "  ".join(parts)
 
 
 def _throughput(result: dict[str, Any]) -> list[str]:
@@ -94,8 +106,28 @@ def _throughput(result: dict[str, Any]) -> list[str]:
     return [
         f"throughput       {rounded(found['value'], 5)} samples/s  ({clocks}; {known})",
         *_steady(result),
+        *_rates(result),
         f"makespan         {window['makespan_s']:.6f} s  +-{duration(window['makespan_bound_s'])}",
     ]
+
+
+def _rates(result: dict[str, Any]) -> list[str]:
+    """Return Server's rates, and a stream's estimate: what LoadGen would print."""
+    lines = []
+    for name in ("scheduled", "completed"):
+        found = result["metrics"].get(f"throughput.{name}")
+        if found is not None:
+            known = f"unknown: {found['reason']}"
+            if found["value"] is not None:
+                known = f"{rounded(found['value'], 5)} queries/s, {found['definition']}"
+            lines.append(f"  {name:<15}{known}")
+    headline = scenario(result["scenario"]).headline
+    found = result["metrics"].get(f"{headline}.early_stopping")
+    if found is not None:
+        known = found["reason"] if found["value"] is None else duration(found["value"])
+        label = headline.rpartition(".")[2] + " estimate"
+        lines.append(f"{label:<17}{known}  ({found['definition']})")
+    return lines
 
 
 def _steady(result: dict[str, Any]) -> list[str]:
@@ -132,13 +164,10 @@ def _windows(result: dict[str, Any]) -> list[str]:
 
 
 def _latencies(result: dict[str, Any]) -> list[str]:
-    names = {
-        "latency": "completion",
-        "batch_latency": "batch",
-        "service": "service",
-        "device": "device",
-    }
-    known = result["metrics"]
+    kind, known = scenario(result["scenario"]), result["metrics"]
+    names = {name: name.removesuffix("_latency") for name in kind.series}
+    if kind.drained:
+        names["latency"] = "completion"
     rows = [["latency", "n", *LATENCIES]]
     refused: dict[str, list[str]] = {}
     for name, title in names.items():
@@ -171,9 +200,19 @@ def _latencies(result: dict[str, Any]) -> list[str]:
             for reason, titles in refused.items()
             for line in wrapped(f"{', '.join(titles)} {reason}")
         ),
-        "percentiles by LoadGen's rule, sorted[int(n * p)]; batch latency is "
-        "completion - issue, with up to the engine's depth of groups in flight",
+        *wrapped("percentiles by LoadGen's rule, sorted[int(n * p)]; " + _FOOT[kind.name]),
     ]
+
+
+_FOOT = {
+    "offline": "batch latency is completion - issue, with up to the engine's depth of groups in "
+    "flight",
+    "server": "latency is from the schedule to the completion, whatever came between: lateness + "
+    "queue + service + return; batch is from the issue of a group to its completion",
+    "singlestream": "latency is from the issue of a query to its completion",
+    "multistream": "latency is from the issue of a query of 8 samples to the completion of all",
+}
+"""What stands below the latencies, by scenario."""
 
 
 def _accuracy(result: dict[str, Any]) -> list[str]:
@@ -201,7 +240,10 @@ def _accuracy(result: dict[str, Any]) -> list[str]:
 
 
 def _ranks(result: dict[str, Any]) -> list[str]:
-    rows = [["rank", "host", "device", "samples", "share", "samples/s", "finish", "idle", "busy"]]
+    drained = scenario(result["scenario"]).drained
+    heads = ["rank", "host", "device", "samples", "share", "samples/s", "finish"]
+    heads += ["idle", "busy"] if drained else ["p50", "p90", "p99"]
+    rows = [heads]
     shown, note = shown_rows(result["per_rank"], lambda row: row["finish_s"])
     for row in shown:
         more = row["metrics"]
@@ -214,10 +256,11 @@ def _ranks(result: dict[str, Any]) -> list[str]:
                 "?" if more["share"] is None else f"{more['share']:.1%}",
                 "?" if more["throughput"] is None else rounded(more["throughput"], 5),
                 duration(row["finish_s"]),
-                duration(row["idle_s"]),
-                "-" if more["device_busy"] is None else f"{more['device_busy']:.0%}",
             ]
         )
+        busy = "-" if more["device_busy"] is None else f"{more['device_busy']:.0%}"
+        own = [duration(more.get(f"latency.{label}")) for label in ("p50", "p90", "p99")]
+        rows[-1] += [duration(row["idle_s"]), busy] if drained else own
     lines = table(rows) + [f"{note}, by finish"] * bool(note)
     if any("?" in row for row in rows):
         why = result["window"]["makespan_reason"] or "a rank completed nothing"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import gc
+import inspect
 import logging
 import sys
 import threading
@@ -121,10 +122,11 @@ def _spied(out: str) -> dict[str, Any]:
     original_loop = offline.offline_loop
     blocks = []
 
-    def loop(sut: Any, log: Any, groups: Any, kept: Any, errors: Any, now: Any) -> None:
+    def loop(sut: Any, log: Any, groups: Any, collect: Any, now: Any) -> None:
+        kept = inspect.getclosurevars(collect).nonlocals["kept"]
         armed[0] = log.capacity == 64_000 // 2
         before = sys.getallocatedblocks()
-        original_loop(sut, log, groups, kept, errors, now)
+        original_loop(sut, log, groups, collect, now)
         if armed[0]:
             blocks.append(sys.getallocatedblocks() - before)
             blocks.append(sum(v is not None for v in kept.values()))

@@ -19,10 +19,12 @@ from distbench.engines.eager import EagerOnCpu, EagerOnGpu
 from distbench.finish import alike
 from distbench.gpus import choose_device, lock_gpu
 from distbench.models.digits_net import build_net, read_data
+from distbench.models.resnet50 import build as build_resnet50
+from distbench.models.resnet50 import load_net
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of
 from distbench.samples import SampleLog
-from distbench.sut import FOREVER, run_indices
+from distbench.sut import FOREVER, collector, run_indices
 from tests.support import run_module, run_ranks
 
 
@@ -108,6 +110,28 @@ def test_logits_are_those_of_the_cpu() -> None:
     assert different == []
 
 
+@pytest.mark.parametrize(
+    ("dtype", "within"), [("fp32", 1e-3), ("tf32", 2e-2), ("bf16", 2e-2), ("fp16", 2e-2)]
+)
+def test_resnet50_gives_the_logits_of_the_cpu_in_every_dtype(dtype: str, within: float) -> None:
+    device = choose_device("cuda", 0)
+    if dtype == "tf32" and torch.cuda.get_device_capability(0) < (8, 0):
+        pytest.skip("this GPU has no TF32")
+    sut: Any = build_resnet50(device, 4, dtype=dtype, samples=4)
+    assert isinstance(sut, EagerOnGpu)
+    assert sut.module.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    reference, _ = load_net(torch.device("cpu"))
+    # The weights were drawn on the GPU, whose generator is another: those of the GPU for both.
+    reference.load_state_dict({k: v.float().cpu() for k, v in sut.module.state_dict().items()})
+    indices = np.arange(4)
+    ours, truth = (
+        np.stack(run_indices(each, indices, 4))
+        for each in (sut, EagerOnCpu(reference, sut.samples))
+    )
+    assert ours.dtype == np.float32
+    assert np.abs(ours - truth).max() <= within * np.abs(truth).max()
+
+
 def test_two_groups_are_in_flight_and_end_in_order() -> None:
     batch = 1024
     sut = _on_gpu(batch, width=256, depth=16)  # 1 TFLOP a group: milliseconds on any GPU
@@ -135,7 +159,7 @@ def test_device_times_do_not_overlap_and_fit_into_the_time_on_the_host(
     for _ in range(2):
         log = SampleLog.in_memory(len(order), ALL_COLUMNS)
         begin = now_ns()
-        offline_loop(sut, log, groups_of(order, batch), {}, errors, now_ns)
+        offline_loop(sut, log, groups_of(order, batch), collector(log, {}, errors, now_ns), now_ns)
         wall_ns = now_ns() - begin
     assert errors == []
     device = log.device[::batch]

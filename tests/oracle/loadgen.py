@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from distbench.arrivals import offline_samples, poisson_ns, single_stream_queries
-from distbench.gates import (
+from distbench.judged import (
     QUANTILES,
     judge_multi_stream,
     judge_offline,

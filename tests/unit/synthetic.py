@@ -157,6 +157,8 @@ def _before(
         "columns": list(columns),
         "config": {name: {"value": text, "origin": "default"} for name, text in config.items()},
         "duration_ns": 1_000_000_000,
+        "group": batch,
+        "load": None,
         "command": "python -m distbench.offline",
         "model": {"name": "sleep,per_sample=25ms", "digest": "", "total": 1024, "depth": 1},
         "warmup": {"rate_qps": 40.0, "slowest_group_ns": 100_000_000, "groups": 10},

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from distbench.checks import ALIKE, GPU_ALIKE, PEAK_OPS
+from distbench.pace import BRIEF_NS
 from distbench.times import LATE_NS
-from distbench.trust import BRIEF_NS
 
 from .synthetic import Rank
 from .test_verdict import about, found, on, only
@@ -111,6 +111,7 @@ def test_accuracy_under_its_target(tmp_path: Path, target: float, status: str) -
 def test_a_first_issue_that_was_late(tmp_path: Path, late_ns: int, level: str | None) -> None:
     def change(rank: Rank) -> None:
         rank.log.issued[0] = rank.after["started_ns"] + late_ns
+        rank.log.started[0] = rank.log.issued[0]
 
     if level is None:
         assert found(tmp_path, on(1, change)) == ("VALID", [])

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from distbench import files
-from distbench.cli import parse
-from distbench.compare import OPTIONS, Comparison, compare, judged, main, positionals, to_text
+from distbench.cli import parse, positionals
+from distbench.compare import OPTIONS, Comparison, compare, judged, main, to_text
 from distbench.conditions import conditions, covers, differences
 from distbench.errors import UsageError
 
@@ -313,6 +313,16 @@ UNLIKE = [
         lambda r: r["window"]["model"].update(digest="sha256:1"),
         "model",
         "model.digest (unset and sha256:1)",
+    ),
+    (
+        lambda r: r["window"]["model"].update(dtype="fp16"),
+        "dtype",
+        "model.dtype (unset and fp16)",
+    ),
+    (
+        environment("cudnn_allow_tf32", True),
+        "dtype",
+        "cudnn_allow_tf32 (unknown and true)",
     ),
     (environment("python", "3.12.1"), "python", "python (3.11.9 and 3.12.1)"),
     (environment("torch_version", "2.13"), "torch", "torch_version (unknown and 2.13)"),

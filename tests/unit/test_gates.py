@@ -6,14 +6,13 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from distbench.gates import (
-    WORDING,
+from distbench.gates import WORDING, offline_gates
+from distbench.judged import (
     judge_multi_stream,
     judge_offline,
     judge_server,
     judge_single_stream,
     judge_tokens,
-    offline_gates,
     spread,
     stream_estimate_ns,
     time_per_token_ns,

@@ -135,8 +135,8 @@ def ranks(monkeypatch):
 IDLE = float("inf")
 
 
-def heart(count, limit_s):
-    return struct.pack("<qd", count, limit_s)
+def heart(count, limit_s, halted=0):
+    return struct.pack("<qdq", count, limit_s, halted)
 
 
 # Meeting

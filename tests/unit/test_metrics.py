@@ -566,3 +566,25 @@ def test_a_brute_force_twin_gives_the_same_figures(data: st.DataObject) -> None:
         assert row["failed"] + row["pending"] == len(samples) - len(own)
         assert row["metrics"]["share"] == len(own) / len(good)
         assert row["idle_s"] == (last - max(own)) / 1e9
+
+
+def test_service_of_stamps_that_cannot_be_true_is_unknown_and_not_negative() -> None:
+    def swap(ranks):
+        for rank in ranks:
+            started = rank.log.started.copy()
+            rank.log.started[:] = rank.log.finished
+            rank.log.finished[:] = started
+
+    run = in_memory(change=swap)
+    result = run.result()
+    figures = {n: m for n, m in result["metrics"].items() if n.startswith("service.")}
+    assert sorted(figures) == sorted(
+        f"service.{x}" for x in ("p50", "p90", "p95", "p97", "p99", "p99.9", "max", "mean")
+    )
+    for found in figures.values():
+        assert (found["value"], found["n"]) == (None, 0)
+        assert found["reason"] == "the engine's stamps contradict in all 20 groups that have them"
+    assert result["verdict"]["status"] == "INVALID"
+    assert result["metrics"]["batch_latency.p50"]["value"] > 0
+    (line,) = [each for each in run.report().splitlines() if each.startswith("service")]
+    assert line.split()[2] == "?"

@@ -86,7 +86,7 @@ def test_a_killed_rank_that_nobody_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_missing_folder(tmp_path: Path, rank: int) -> None:
-    folder = make_run(tmp_path / "r")
+    folder = make_run(tmp_path / "r", report=False)
     shutil.rmtree(folder / "ranks" / f"{rank:05d}")
     assert main([str(folder)]) == 6
     result = stored(folder)
@@ -184,6 +184,25 @@ def test_a_half_written_folder_gives_way_to_a_whole_one(tmp_path: Path) -> None:
     assert main([str(folder)]) == 6
     assert main([str(folder), str(other)]) == 0
     assert verify(folder) == (0, [])
+
+
+def test_a_result_of_more_ranks_than_are_here_is_not_replaced(tmp_path: Path) -> None:
+    # Of a run whose samples stay on their ranks it is the only copy of the figures.
+    folder = make_run(tmp_path / "r", ranks=7)
+    other = shutil.copytree(folder, tmp_path / "other")
+    for rank in range(1, 7):
+        shutil.rmtree(folder / "ranks" / f"{rank:05d}")
+    before = {path: path.read_bytes() for path in folder.rglob("*.*")}
+    with pytest.raises(
+        UsageError, match=r"rests on samples of rank 1 \(node-1\), .* and 2 more as"
+    ):
+        main([str(folder)])
+    assert {path: path.read_bytes() for path in folder.rglob("*.*")} == before
+    assert main([str(folder), str(other)]) == 0
+    assert verify(folder) == (0, [])
+    shutil.rmtree(folder / "ranks" / "00001")
+    (folder / "result.json").write_bytes(b"{}")
+    assert main([str(folder)]) == 6
 
 
 def test_two_halves_stay_as_they_are(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ import pytest
 
 from distbench import preamble, verdict
 from distbench.findings import Finding, status
-from distbench.prepare import Settings
 from distbench.report import __main__ as report
 from distbench.report.text import SAME_FINDINGS
 from distbench.run import load_run
+from distbench.settings import Settings
 
 from .synthetic import GPU, OFFSET_NS, START_NS, Change, Rank, in_memory, make_run
 
@@ -31,6 +31,8 @@ ROOT = Path(verdict.__file__).parent
 REMEDIES = {
     "above-roofline": "whether outputs are cached",
     "accuracy-low": "check the weights and the precision",
+    "bound-missed": "lower --target-qps",
+    "bound-undecided": "run longer (--duration)",
     "clock-bound": "measure for longer (--duration)",
     "clock-contradiction": "a virtual machine is paused or moved",
     "device-note": "give --device",
@@ -38,12 +40,15 @@ REMEDIES = {
     "environments-differ": "measure each alone",
     "foreign-process": "end it, or wait for it",
     "foreign-unknown": "make NVML usable there",
-    "harness-cost": "use a larger --batch-size",
+    "harness-cost": "a model that does some work",
     "interference": "stop other work on the host",
     "issue-late": "stop other work on the host",
+    "issue-lateness": "leave a processor free",
+    "judged-by-all": "copy the folders of the other ranks",
     "launch-bound": "use a larger --batch-size",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
     "not-steady": "or a longer --duration",
+    "overloaded": "offer less than what is completed",
     "outputs-differ": "mixes up groups or reuses a buffer",
     "outputs-non-finite": "check the weights, and the precision",
     "rank-failed": "mend what the sentence names",
@@ -56,13 +61,15 @@ REMEDIES = {
     "samples-failed": "mend the model",
     "samples-missing": "return every group",
     "shares-by-rate": "leave --shares rate out",
+    "stamps-contradict": "let the engine stamp started and finished",
     "start-late": "more ranks than cores",
     "throttled": "check power limit, cooling",
-    "throughput-unknown": "mend what the sentence names",
+    "headline-unknown": "mend what the sentence names",
     "trend": "give a longer --warmup",
     "until-not-reached": "give a longer --duration for each window",
     "warmup-in-window": "give a longer --warmup",
     "window-brief": "measure for longer",
+    "window-missing": "salvage the run",
     "window-short": "give a longer --warmup",
 }
 """Of every finding that there is, words of its remedy."""
@@ -298,6 +305,37 @@ def test_outputs_differ(tmp_path: Path) -> None:
     assert "mixes up groups or reuses a buffer" in finding.remedy
 
 
+@pytest.mark.parametrize(
+    ("column", "stamp", "wrong"),
+    [
+        ("started", lambda log, row: log.issued[row], False),
+        ("started", lambda log, row: log.issued[row] - 1, True),
+        ("started", lambda log, row: log.finished[row], False),
+        ("started", lambda log, row: log.finished[row] + 1, True),
+        ("finished", lambda log, row: log.started[row], False),
+        ("finished", lambda log, row: log.started[row] - 1, True),
+        ("finished", lambda log, row: log.completed[row], False),
+        ("finished", lambda log, row: log.completed[row] + 1, True),
+        ("started", lambda _log, _row: -5, True),
+        ("started", lambda _log, _row: 0, False),  # unknown
+    ],
+)
+def test_stamps_contradict(tmp_path: Path, column: str, stamp: Any, wrong: bool) -> None:
+    def change(rank: Rank) -> None:
+        row = rank.row(3)
+        getattr(rank.log, column)[row] = stamp(rank.log, row)
+
+    if not wrong:
+        assert found(tmp_path, on(1, change)) == ("VALID", [])
+        return
+    state, finding = only(tmp_path, on(1, change))
+    assert state == "INVALID"
+    assert about(finding) == ("invalid", "stamps-contradict", 1, "node-1")
+    assert "stamps of 1 of 10 groups contradict" in finding.message
+    assert (finding.value, finding.limit) == (1, 0)
+    assert load_run(tmp_path / "r").result()["metrics"]["service.p50"]["n"] == 19
+
+
 # Device
 
 
@@ -521,11 +559,11 @@ def test_launch_bound(tmp_path: Path, device_ns: int, bound: bool) -> None:
     assert "--batch-size" in finding.remedy
 
 
-def test_throughput_unknown(tmp_path: Path) -> None:
+def test_headline_unknown(tmp_path: Path) -> None:
     change = on(0, lambda rank: (rank.after or {})["exchanges"].update({"1": []}))
     state, finding = only(tmp_path, change)
     assert state == "INVALID"
-    assert about(finding) == ("invalid", "throughput-unknown", None, "")
+    assert about(finding) == ("invalid", "headline-unknown", None, "")
     assert finding.message == (
         "throughput is unknown: rank 1 completed nothing or its clock was not measured"
     )

@@ -1,0 +1,98 @@
+"""What each scenario measures, as data: its headline, and which times make up a latency.
+
+A figure of one scenario means nothing in another: Offline's latencies are places in one queue that
+is drained, Server's are waits of users, those of the streams are service alone. So every part that
+judges or reports asks here, and an unknown scenario is refused, never judged as another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from distbench.cli import nearest
+from distbench.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a scenario measures.
+
+    Attributes:
+        name: as it stands in a result.
+        headline: name of the metric that is judged where the user bounds nothing.
+        series: definitions of its series of times, by name; ``latency`` is one of them.
+        drained: whether all samples are scheduled at one instant, so that a latency tells a place
+            in a queue.
+        stream: whether a query is issued when the one before has ended, so that latency counts from
+            the issue.
+        percentile: of the headline, where it is one of latencies, else 0; it is MLPerf's.
+    """
+
+    name: str
+    headline: str
+    series: Mapping[str, str]
+    drained: bool = False
+    stream: bool = False
+    percentile: float = 0.0
+
+    @property
+    def open_loop(self) -> bool:
+        """Whether queries come by a schedule, whatever became of those before."""
+        return not self.drained and not self.stream
+
+
+DEVICE = "device time between two events, per group"
+ENGINE = "engine's end - engine's start, per {}"
+STREAM = {
+    "latency": "completion - issue, per query",
+    "service": ENGINE.format("query"),
+    "device": DEVICE,
+}
+
+SCENARIOS = {
+    each.name: each
+    for each in (
+        Scenario(
+            "offline",
+            "throughput",
+            {
+                "latency": "completion - agreed instant, per sample",
+                "batch_latency": "completion - issue, per group",
+                "service": ENGINE.format("group"),
+                "device": DEVICE,
+            },
+            drained=True,
+        ),
+        Scenario(
+            "server",
+            "latency.p99",
+            {
+                "latency": "completion - scheduled, per query",
+                "batch_latency": "completion - issue, per group",
+                "lateness": "issue - ready, per query: by how much the harness was late",
+                "queue": "(ready - scheduled) + (engine's start - issue), per query",
+                "service": ENGINE.format("query"),
+                "return": "completion - engine's end, per query",
+                "device": DEVICE,
+            },
+            percentile=0.99,
+        ),
+        Scenario("singlestream", "latency.p90", STREAM, stream=True, percentile=0.9),
+        Scenario("multistream", "latency.p99", STREAM, stream=True, percentile=0.99),
+    )
+}
+
+
+def scenario(name: str) -> Scenario:
+    """Return what a scenario measures.
+
+    Raises:
+        UsageError: there is no such scenario.
+    """
+    if name not in SCENARIOS:
+        raise UsageError(
+            f"scenario {name!r} is none of {', '.join(SCENARIOS)}{nearest(name, [*SCENARIOS])}: it "
+            "was measured by another version of distbench"
+        )
+    return SCENARIOS[name]
