@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distbench.pool import Pool, series
 from distbench.run import RankRecord
@@ -22,10 +23,10 @@ from distbench.stats import (
     batch_count,
     batch_shares,
     guards,
-    inflation,
+    memory,
     quantile_ranks,
 )
-from distbench.steady import Trend, rate_interval, trend, warmup_cut
+from distbench.steady import Trend, block_bootstrap, rate_interval, trend, warmup
 from distbench.times import RankTimes
 
 CONFIDENCE = 0.95
@@ -68,11 +69,16 @@ def percentile_intervals(
 
     told = [np.array(each) for each in pool.gather(shares) if each]
     held = [size for size in sizes if size]
-    found = {
-        q: inflation([each[i] for each in told], held, CONFIDENCE) for i, q in enumerate(wanted)
-    }
+    found = {q: memory([each[i] for each in told], held, CONFIDENCE) for i, q in enumerate(wanted)}
     ranks = {
-        label: quantile_ranks(n, q, found[q], max(found[g] for g in guards(q)), CONFIDENCE)
+        label: quantile_ranks(
+            n,
+            q,
+            found[q].inflation,
+            max(found[g].inflation for g in guards(q)),
+            CONFIDENCE,
+            found[q].stretches,
+        )
         for label, q in quantiles.items()
     }
     ends = [end for each in ranks.values() for end in (each.low, each.high) if end is not None]
@@ -95,6 +101,8 @@ class Steady:
     Attributes:
         rate_qps: samples/s; None where there is no such stretch.
         interval: of the rate, samples/s.
+        bootstrap: the block bootstrap's limits for the same slots, samples/s, as a cross-check;
+            None without an interval.
         samples: completed in the stretch.
         cut_s: from the agreed instant to its begin, s.
         length_s: of it, s.
@@ -107,6 +115,7 @@ class Steady:
     cut_s: float
     length_s: float
     reason: str = ""
+    bootstrap: tuple[float, float] | None = None
 
 
 def steady_rate(pool: Pool, times: Sequence[RankTimes], start_ns: int | None) -> Steady:
@@ -123,31 +132,32 @@ def steady_rate(pool: Pool, times: Sequence[RankTimes], start_ns: int | None) ->
     run = pool.run
     if start_ns is None or any(t.finished_ref_ns is None for t in times):
         return Steady(None, None, 0, 0.0, 0.0, "the makespan is unknown")
-    warm = pool.gather(_warm_ns)
-    if any(each is None for each in warm):
-        slow = [str(t.rank) for t, each in zip(times, warm, strict=True) if each is None]
+    warm = settlings(pool)
+    slow = [str(t.rank) for t, s in zip(times, warm, strict=True) if s and not s.settled]
+    if slow:
         reason = (
             f"not steady: rank {', '.join(slow[:8])} had no warm-up that ends in its first half"
         )
         return Steady(None, None, 0, 0.0, 0.0, reason)
     models = {record.rank: run.clock(record) for record in run.present}
     begin = start_ns
-    for t, local in zip(times, warm, strict=True):
+    for t, each in zip(times, warm, strict=True):
         model = models[t.rank]
-        if model is not None and local:
-            begin = max(begin, model.to_reference_ns(local))
+        if model is not None and each is not None and each.begin_ns:
+            begin = max(begin, model.to_reference_ns(each.begin_ns))
     end = min(t.finished_ref_ns or 0 for t in times)
-    edges = [begin + (end - begin) * k // SLOTS for k in range(SLOTS + 1)]
+    # Slots leave out what completes at their begin and take in what does at their end: k groups in
+    # k intervals. All are 1 ns late, so that rounding between two clocks moves neither the group
+    # that the stretch begins with into it, nor the one that it ends with out of it.
+    edges = [begin + 1 + (end - begin) * k // SLOTS for k in range(SLOTS + 1)]
 
     def counts(record: RankRecord) -> list[int]:
         model = models[record.rank]
         own = [model.to_peer_ns(edge) if model else edge for edge in edges]
-        at, rows = record.first_rows("completed"), record.first_rows("count")
-        ended = int(((at >= own[0]) & (at <= own[-1])).sum())
-        if own[-1] <= own[0]:
-            return [0] * SLOTS + [0]
-        slots = np.histogram(at, np.array(own), weights=rows)[0]
-        return [*(int(n) for n in slots), ended]
+        at, rows = _completions(record)
+        places = np.searchsorted(at, own, side="right")
+        done = np.concatenate([[0], np.cumsum(rows)])[places]
+        return [*np.diff(done).tolist(), int(places[-1] - places[0])]
 
     told = pool.gather(counts)
     if end <= begin or min(each[-1] for each in told) < GROUPS_LEAST:
@@ -155,17 +165,55 @@ def steady_rate(pool: Pool, times: Sequence[RankTimes], start_ns: int | None) ->
         return Steady(None, None, 0, 0.0, 0.0, reason)
     slots = np.array([each[:-1] for each in told], np.int64).sum(axis=0)
     length_s, done = (end - begin) / 1e9, int(slots.sum())
-    found = rate_interval(slots, length_s / SLOTS, CONFIDENCE)
-    return Steady(done / length_s, found, done, (begin - start_ns) / 1e9, length_s)
+    slot_s = length_s / SLOTS
+    found, limits = rate_interval(slots, slot_s, CONFIDENCE), None
+    if found.low is not None:
+        low, high = block_bootstrap(slots.astype(np.float64), CONFIDENCE)
+        limits = low / slot_s, high / slot_s
+    cut_s = (begin - start_ns) / 1e9
+    return Steady(done / length_s, found, done, cut_s, length_s, bootstrap=limits)
 
 
-def _warm_ns(record: RankRecord) -> int | None:
-    """Return when one rank was warm, own clock; 0: from the start, None: not in its first half."""
-    at = np.sort(record.first_rows("completed"))
-    if len(at) < GROUPS_LEAST:
-        return 0  # too few to tell, and too few for a rate: that is said elsewhere
-    cut = warmup_cut(np.diff(at))
-    return None if cut is None else int(at[cut]) if cut else 0
+def _completions(record: RankRecord) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return when one rank's groups completed, in that order, and how many samples each had."""
+    at = record.first_rows("completed")
+    order = np.argsort(at, kind="stable")
+    return at[order], record.first_rows("count")[order]
+
+
+@dataclass(frozen=True)
+class Settling:
+    """Where one rank became steady, by the times between its completions.
+
+    Attributes:
+        settled: whether that was in its first half.
+        begin_ns: the completion after which it was, or would best be called so, own clock; 0 where
+            nothing is to be cut.
+        samples: completed after it.
+        length_ns: from it to the last completion.
+        errors: how many standard errors the times before and after it lie apart.
+    """
+
+    settled: bool
+    begin_ns: int
+    samples: int
+    length_ns: int
+    errors: float
+
+
+def settlings(pool: Pool) -> list[Settling | None]:
+    """Return where each rank became steady; None: too few groups to tell."""
+
+    def own(record: RankRecord) -> list[float | int] | None:
+        at, rows = _completions(record)
+        found = warmup(np.diff(at)) if len(at) >= GROUPS_LEAST else None
+        if found is None:
+            return None
+        cut = found.cut
+        begin, left = int(at[cut]) if cut else 0, int(rows[cut + 1 :].sum())
+        return [found.settled, begin, left, int(at[-1] - at[cut]), found.errors]
+
+    return [None if each is None else Settling(*each) for each in pool.gather(own)]
 
 
 def trends(pool: Pool) -> list[Trend | None]:
@@ -179,6 +227,6 @@ def trends(pool: Pool) -> list[Trend | None]:
         found = trend(series(record, name))
         if found is None:
             return None
-        return [found.change, found.slope, found.p, found.lag1, found.points]
+        return [found.change, found.slope, found.p, found.lag1, found.points, found.errors]
 
     return [None if each is None else Trend(*each) for each in pool.gather(own)]

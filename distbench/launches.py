@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from distbench.run import JUDGED_BY_ALL
-from distbench.stats import normal_quantile, t_quantile
+from distbench.student import normal_quantile, t_quantile
 
 CONFIDENCE, POWER = 0.95, 0.8
 MOST_LAUNCHES = 1_000

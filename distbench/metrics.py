@@ -143,10 +143,14 @@ def _steady(found: Steady) -> dict[str, Any]:
         made |= {
             "ci_low": found.interval.low,
             "ci_high": found.interval.high,
-            "ci_method": found.interval.method if found.interval.low is not None else "",
             "n_eff": found.interval.n_eff,
             "reason": found.interval.reason,
         }
+    if found.interval is not None and found.bootstrap is not None:
+        low, high = found.bootstrap
+        made["ci_method"] = (
+            f"{found.interval.method}; by block bootstrap of the same slots {low:.6g} to {high:.6g}"
+        )
     return made
 
 

@@ -11,11 +11,9 @@ from distbench.intervals import trends
 from distbench.pace import pace_found
 from distbench.pool import Pool
 from distbench.run import RankRecord, Run
-from distbench.steady import Trend
+from distbench.settled import WATCH, settled_found
+from distbench.steady import TREND_P, Trend
 from distbench.times import Makespan, RankTimes
-
-TREND_P = 1e-3
-"""A trend must be less likely than this by chance: a run tests every rank."""
 
 
 def measurement_found(
@@ -31,8 +29,11 @@ def measurement_found(
     """
     run = pool.run
     found: list[Finding] = []
-    for record, drift in zip(run.present, trends(pool), strict=True):
+    drifts = trends(pool)
+    for record, drift in zip(run.present, drifts, strict=True):
         found += _trend(record, drift)
+    if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
+        found += settled_found(pool, times, drifts)
     for record, t in zip(run.present, times, strict=True):
         found += _interference(record, t)
         found += _clock(run, record)
@@ -44,24 +45,25 @@ def _trend(record: RankRecord, found: Trend | None) -> list[Finding]:
 
     Half the change counts: by so much the average of the window differs from what its end shows.
     """
-    if found is None or found.change is None or found.p >= TREND_P:
+    if found is None or found.change is None or not found.real:
         return []
     effect = abs(found.change) / 2
     level = graded(effect)
     if level is None:
         return []
+    by = f"p {found.p:.1g}" if found.p < TREND_P else f"{found.errors:.0f} standard errors apart"
     return [
         Finding(
             level,
             "trend",
             f"rank {record.rank} ({record.host}): batches took {abs(found.change):.1%} "
             f"{'longer' if found.change > 0 else 'less time'} in the last third of the window than "
-            f"in the first (p {found.p:.1g}), so the window averages a system that was changing",
+            f"in the first ({by}), so the window averages a system that was changing",
             record.rank,
             record.host,
             effect,
             EFFECT_INVALID,
-            "give a longer --warmup; watch clocks, temperature and memory while it runs",
+            f"give a longer --warmup; {WATCH}",
         )
     ]
 

@@ -182,15 +182,20 @@ def _latencies(result: dict[str, Any]) -> list[str]:
         rows.append([title, f"{found[0]['n']:,}", *(duration(each["value"]) for each in found)])
         if any(each["ci_low"] is not None for each in found):
             for end, field in (("from", "ci_low"), ("to", "ci_high")):
-                rows.append(
-                    [f"  95 % {end}", "", *(duration_or_dash(each[field]) for each in found)]
-                )
+                ends = (duration_or_dash(each[field]) for each in found[:-2])
+                rows.append([f"  95 % {end}", "", *ends, "", ""])  # max and mean have none
         if any(each["n_eff"] is not None for each in found):
-            rows.append(["  effective n", "", *(whole_or_dash(each["n_eff"]) for each in found)])
-        for label, each in zip(LATENCIES, found, strict=True):
-            if each["reason"].startswith("not resolvable"):
-                refused.setdefault(f"{label}: {each['reason']}", []).append(title)
-                break  # a higher percentile needs more still
+            worth = (whole_or_dash(each["n_eff"]) for each in found[:-2])
+            rows.append(["  effective n", "", *worth, "", ""])
+        none = {
+            label: each["reason"]
+            for label, each in zip(LATENCIES, found, strict=True)
+            if each["reason"].startswith("not resolvable")
+        }
+        if none:
+            why = f"{', '.join(none)}: {next(iter(none.values()))}"
+            why += ", the higher ones more" * (len(set(none.values())) > 1)
+            refused.setdefault(why, []).append(title)
     if len(rows) == 1:
         return ["latency          unknown: nothing completed"]
     return [

@@ -30,7 +30,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
+        ).rstrip()
         for row in rows
     ]
 

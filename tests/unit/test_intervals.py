@@ -75,6 +75,33 @@ def test_percentiles_and_intervals_are_those_of_all_samples_in_one_place(
     assert got["p50"][1].low <= got["p50"][0] <= got["p50"][1].high
 
 
+def test_every_interval_that_is_refused_has_its_reason_and_the_worth_that_refused_it() -> None:
+    # Lognormal AR(1): p99 and p99.9 need more independent values than 1,000 are worth.
+    rng = np.random.default_rng(5)
+    logs = np.zeros(1_000)
+    for k in range(1, 1_000):
+        logs[k] = 0.8 * logs[k - 1] + 0.6 * rng.standard_normal()
+    run = run_of([(MS * np.exp(0.2 * logs)).astype(np.int64)])
+    metrics, whole = run.result()["metrics"], run.report().splitlines()
+    for name, title in (("batch_latency", "batch"), ("service", "service")):
+        at = next(k for k, each in enumerate(whole) if each.startswith(f"{title} "))
+        refused = [label for label in QUANTILES if metrics[f"{name}.{label}"]["ci_low"] is None]
+        assert refused == ["p95", "p97", "p99", "p99.9"]
+        assert whole[at + 1].split()[-4:] == ["-"] * 4  # of max and mean there is none to have
+        assert whole[at + 1].count("-") == 4
+        (line,) = [k for k, each in enumerate(whole) if title in each and "not resolv" in each]
+        told = " ".join(" ".join(whole[line : line + 2]).split())
+        assert told.startswith("batch, service p95, p97, p99, p99.9: not resolvable: run longer")
+        for label, shown in zip(QUANTILES, whole[at + 3].split()[2:], strict=True):
+            found = metrics[f"{name}.{label}"]
+            assert f"{found['n_eff']:,.0f}" == shown
+            if label in refused:
+                words = f"are worth {shown} independent ones, and {label} needs"
+                assert words in found["reason"]
+                assert words in told or label != refused[0]
+        assert "p95 needs 72, the higher ones more" in told
+
+
 def steady(run: Run) -> Any:
     pool = in_one_place(run)
     times = [rank_times(run, r, facts(r)) for r in run.present]
@@ -106,6 +133,45 @@ def test_the_slots_hold_what_was_completed_in_them() -> None:
     edges = [begin + (end - begin) * k // 30 for k in range(31)]
     slots = np.histogram(zero, edges)[0] * 4 + np.histogram(one, edges)[0] * 4
     assert got.interval == rate_interval(slots, (end - begin) / S / 30)
+
+
+def test_a_group_that_completes_where_slots_meet_counts_once() -> None:
+    # 900 groups of 1 ms in 30 slots of 30 ms: each of these has 30, the last one its own end.
+    got = steady(run_of([np.full(900, MS), np.full(900, MS)]))
+    assert got.samples == 2 * 900 * 4
+    assert got.interval.low == got.interval.high == got.rate_qps == 8_000
+    assert got.bootstrap == pytest.approx((8_000, 8_000))
+
+
+@pytest.mark.parametrize(("n", "cut"), [(200, 40), (1_000, 100), (3_000, 300)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_steady_rate_has_no_bias(alone: bool, n: int, cut: int) -> None:
+    # After a cut the stretch begins with a completion and ends with one: k groups in k intervals.
+    errors, held = [], []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        slow = np.where(np.arange(n) < cut, 2, 1) * (10 * MS) * (1 + 2e-3 * rng.standard_normal(n))
+        ranks = [slow.astype(np.int64)]
+        if not alone:
+            ranks.append((10 * MS * (1 + 2e-3 * rng.standard_normal(n + cut))).astype(np.int64))
+        got = steady(run_of(ranks, drift_ppm=(0, 40)))
+        truth = 400 * len(ranks)
+        errors.append(got.rate_qps / truth - 1)
+        held.append(got.interval.low <= truth <= got.interval.high)
+    # One group too many is 1 / (n - cut): 6, 1 and 0.4 in 1,000. Noise leaves 2e-3 / sqrt(12 n) of
+    # error; of the rank that does not begin the stretch half a group either way, and 40 ppm.
+    assert abs(np.mean(errors)) < (1e-4 if alone else 0.3 / (n - cut))
+    assert sum(held) >= 11
+
+
+def test_the_bootstrap_stands_beside_the_interval() -> None:
+    run = run_of([noisy(3, 1_000)])
+    found, got = run.result()["metrics"]["throughput.steady"], steady(run)
+    low, high = got.bootstrap
+    assert found["ci_method"].startswith("95% Student's t over batch means, within this run; ")
+    assert found["ci_method"].endswith(f"block bootstrap of the same slots {low:.6g} to {high:.6g}")
+    assert found["ci_low"] < low < found["value"] < high < found["ci_high"]
+    assert run.result() == run.result()
 
 
 def test_a_rank_that_never_settles_gives_no_steady_rate() -> None:

@@ -32,7 +32,8 @@ completion  80   600 ms   1.00 s   1.10 s   1.10 s   1.10 s   1.10 s   1.10 s   
 batch       20   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   105 ms
 service     20   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   110 ms   105 ms
 device      20  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms  63.0 ms
-batch, service, device p50: not resolvable: run longer, 64 values on each rank at the least
+batch, service, device p50, p90, p95, p97, p99, p99.9: not resolvable: run longer, 64 values on \
+each rank at the least
 percentiles by LoadGen's rule, sorted[int(n * p)]; batch latency is completion - issue, with up to \
 the engine's depth of groups in flight
 

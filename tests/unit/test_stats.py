@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import optimize, stats
 
 import distbench.stats
+import distbench.student
 from distbench.stats import (
     BATCHES,
     METHOD,
@@ -25,12 +26,12 @@ from distbench.stats import (
     guards,
     inflation,
     least_samples,
-    normal_quantile,
+    memory,
     order_ranks,
     quantile_interval,
     quantile_ranks,
-    t_quantile,
 )
+from distbench.student import normal_quantile, t_quantile
 
 QUANTILES = (0.5, 0.9, 0.99)
 NS = 1e6
@@ -75,7 +76,7 @@ def test_t_quantile_beside_the_median(k):
 @pytest.mark.parametrize("p", [0.6, 0.9, 0.975, 0.995])
 def test_the_expansion_is_right_in_its_terms(p, monkeypatch):
     # At 60 degrees of freedom each coefficient up to the third term is seen, the fourth as a whole.
-    monkeypatch.setattr(distbench.stats, "EXPANSION_DF", 50.0)
+    monkeypatch.setattr(distbench.student, "EXPANSION_DF", 50.0)
     assert t_quantile(p, 60) == pytest.approx(float(stats.t.ppf(p, 60)), rel=3e-8)
 
 
@@ -312,6 +313,39 @@ def test_memory_over_half_the_run_leaves_next_to_nothing():
     assert inflation([step], [1280]) > 300
 
 
+def plain_stretches(shares):
+    """Of one rank, for memory that spans one batch: (sum of squares)^2 / sum of fourth powers."""
+    mean = sum(shares) / len(shares)
+    return sum((x - mean) ** 2 for x in shares) ** 2 / sum((x - mean) ** 4 for x in shares)
+
+
+@pytest.mark.parametrize("bursts", [1, 2, 5])
+def test_bursts_are_counted(bursts):
+    shares = np.ones(256)
+    shares[7 :: 256 // bursts][:bursts] = 0  # equal ones, far apart
+    found = memory([shares], [2560]).stretches
+    assert found == pytest.approx(plain_stretches(shares.tolist()))
+    assert found == pytest.approx(bursts, rel=0.05)
+    # Two ranks that stall together have no more of them.
+    assert memory([shares, shares], [2560, 2560]).stretches == pytest.approx(found)
+
+
+def test_bursts_of_several_batches_count_once():
+    shares = np.ones(256)
+    for begin in (20, 90, 200):
+        shares[begin : begin + 6] = 0
+    # Where the cut into stretches falls, a burst may count as up to two.
+    assert 2.5 < memory([shares], [2560]).stretches < 6
+
+
+def test_a_body_without_bursts_has_many_stretches():
+    rng = np.random.default_rng(8)
+    values = rng.standard_normal(10_000)
+    assert memory([batch_shares(values, 0, 256)], [10_000]).stretches > 60
+    assert memory([np.full(64, 0.5)], [640]).stretches == math.inf
+    assert memory([np.ones(64)], [640]).stretches == math.inf
+
+
 # From inflation to ranks
 
 
@@ -350,13 +384,24 @@ def test_ranks_are_those_of_a_smaller_run_scaled_up():
     assert found.high == math.ceil((high + 1) * 40_000 / 201) - 1
 
 
+def test_few_stretches_reach_farther_up_and_no_less_far_down():
+    many, few = (quantile_ranks(40_000, 0.9, 100, 100, stretches=k) for k in (math.inf, 4))
+    assert few.low == many.low
+    assert few.n_eff == many.n_eff == 400
+    # 400 / (1 + 99 * (1 + 20 / 20 + 20 / 4)) * 100 = 57.
+    assert few.high == math.ceil((order_ranks(57, 0.9, 0.95)[1] + 1) * 40_000 / 57) - 1
+    assert few.high > many.high
+    # Without inflation there is nothing that stretches could carry.
+    assert quantile_ranks(4000, 0.9, 1, 1, stretches=1) == quantile_ranks(4000, 0.9, 1, 1)
+
+
 def test_the_threshold_with_the_longest_memory_decides():
     assert quantile_ranks(4000, 0.9, 1, 1).reason == ""
     # By 10 / sqrt(400): 4000 / (1 + 9 * 1.5) = 276; p99 needs 368.
     refused = quantile_ranks(4000, 0.99, 1, 10)
     assert refused.low is None
     assert refused.high is None
-    assert refused.n_eff == 4000
+    assert refused.n_eff == pytest.approx(276, abs=0.5)  # what the sentence says
     assert "worth 276 independent ones, and p99 needs 368" in refused.reason
     # 1.27 times: 5080 / (1 + 9 * (1 + 10 / sqrt(508))) = 363, and the next step, 1.34, is enough.
     assert "about 1.3 times or more" in refused.reason
@@ -553,13 +598,14 @@ def test_queues_are_covered_or_refused(load):
 def test_a_rule_that_looks_at_the_data_does_not_choose_the_lucky(monkeypatch):
     # At load 0.9, p90, most runs are refused: by luck of the run, not by its length. Those with an
     # interval are then the quiet ones, whose percentile is low. True coverage among them, from
-    # 3,000 runs: 94.6 % of 553; under 90 % of about 150 has a chance of 1 in 80.
+    # 3,000 runs: 99.6 % of 546 (94.6 % without BURST_CAUTION).
     printed, held = coverage("queue", 0.9, 4000, 800, seed=23, quantiles=(0.9,))[0.9]
     assert 0.1 < printed < 0.3
     assert held >= 0.9
     # The same rule without caution (86.6 % of 1,914) is the kind that fails.
     monkeypatch.setattr(distbench.stats, "GATE_CAUTION", 0.0)
     monkeypatch.setattr(distbench.stats, "UPPER_CAUTION", 0.0)
+    monkeypatch.setattr(distbench.stats, "BURST_CAUTION", 0.0)
     printed, held = coverage("queue", 0.9, 4000, 800, seed=23, quantiles=(0.9,))[0.9]
     assert 0.5 < printed < 0.8
     assert held < 0.9
@@ -576,6 +622,88 @@ def test_another_confidence_is_covered_too():
     # 80 % and, with caution, a little more; under 72 % of 200 runs has a chance of 1 in 200.
     assert 0.72 <= found[0.9][1] <= 0.95
     assert coverage("queue", 0.5, 4000, 100, seed=26, quantiles=(0.9,), conf=0.99)[0.9][1] >= 0.96
+
+
+# Stalls: 5 % of the values three times slower, in bursts of 50 on the average
+
+
+def stalls(n, rng):
+    """Where a two-state chain is in its slow state, of which it spends 5 % of its time."""
+    slow, runs, states, total = rng.random() < 0.05, [], [], 0
+    while total < n:
+        runs.append(int(rng.geometric(1 / 50 if slow else 1 / 950)))
+        states.append(slow)
+        total, slow = total + runs[-1], not slow
+    return np.repeat(states, runs)[:n]
+
+
+def stalled(n, ranks, together, rng):
+    shared, parts = stalls(n, rng), []
+    for rank in range(ranks):
+        at = shared if together or rank == 0 else stalls(n, rng)
+        parts.append(NS * np.where(at, 3, 1) * np.exp(0.05 * rng.standard_normal(n)))
+    return [part.astype(np.int64) for part in parts]
+
+
+def stall_coverage(n, ranks, together, q, repeats, seed):
+    """As ``coverage``; slow values are above every percentile up to p95."""
+    rng, held = np.random.default_rng(seed), []
+    known = NS * math.exp(0.05 * normal_quantile(q / 0.95))
+    for _ in range(repeats):
+        found = quantile_interval(stalled(n, ranks, together, rng), q)
+        if found.low is not None:
+            held.append(found.low <= known <= found.high)
+    return len(held) / repeats, float(np.mean(held))
+
+
+@pytest.mark.parametrize(
+    ("n", "ranks", "together", "least"), [(8000, 1, False, 0.92), (4000, 2, False, 0.92),
+                                          (4000, 2, True, 0.83), (16_000, 1, False, 0.95)]
+)  # fmt: skip
+def test_stalls_are_covered_where_some_were_met(n, ranks, together, least):
+    # Of 2,000 runs 95, 95, 88 and 98 % hold: each bound has a chance of 1 in 50 or less. Without
+    # BURST_CAUTION it is 89, 91, 79 and 95 %.
+    printed, held = stall_coverage(n, ranks, together, 0.9, 250, seed=27)
+    assert printed >= 0.6
+    assert held >= least
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("q", [0.5, 0.9])
+@pytest.mark.parametrize(
+    ("n", "ranks", "together"), [(4000, 1, False), (4000, 2, False), (4000, 2, True),
+                                 (8000, 1, False), (16_000, 1, False), (16_000, 2, True)]
+)  # fmt: skip
+def test_table_of_stalls(n, ranks, together, q):
+    printed, held = stall_coverage(n, ranks, together, q, 1000, seed=78)
+    print(f"\nstalls n={n} x{ranks} together={together} p{100 * q:g}: ", end="")
+    print(f"printed {printed:.3f} held {held:.3f}", end="")
+    # Under some ten bursts a run seldom shows how often they come: docs/method.md has the figures.
+    assert held >= (0.84 if n == 4000 and (together or ranks == 1) else 0.9)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_rare_pauses_are_not_covered():
+    # Four in 4,000 values, of 20 on the average, each a queue that drains: docs/method.md.
+    rng, held, repeats = np.random.default_rng(79), [], 1000
+
+    def paused(n):
+        values = NS * np.exp(0.05 * rng.standard_normal(n))
+        for begin in rng.integers(0, n, rng.poisson(n / 1000)):
+            part = values[begin : begin + rng.geometric(1 / 20)]
+            part += 3 * NS * np.linspace(1, 0, len(part))
+        return values.astype(np.int64)
+
+    known = int(np.sort(paused(4_000_000))[int(0.99 * 4_000_000)])
+    for _ in range(repeats):
+        found = quantile_interval([paused(4000)], 0.99)
+        if found.low is not None:
+            held.append(found.low <= known <= found.high)
+    print(f"\npauses p99: printed {len(held) / repeats:.3f} held {np.mean(held):.3f}", end="")
+    assert 0.1 < len(held) / repeats < 0.3
+    assert 0.6 < np.mean(held) < 0.9
 
 
 # The whole table, for the record: pytest -m slow -s tests/unit/test_stats.py
@@ -609,3 +737,4 @@ def test_table_of_coverage(kind, value, n, ranks):
 
 def test_the_constants_are_those_that_were_simulated():
     assert (distbench.stats.GATE_CAUTION, distbench.stats.UPPER_CAUTION, BATCHES) == (10, 20, 256)
+    assert distbench.stats.BURST_CAUTION == 20

@@ -1,6 +1,8 @@
 """Warm-up, trend and rates, on series whose truth is known; scipy and brute force as oracles."""
 
+import json
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from scipy import stats
 from scipy.signal import lfilter
 
 from distbench.steady import (
+    ERRORS_REAL,
     GAIN,
     UNTIL_LEAST,
     UNTIL_MOST,
@@ -18,8 +21,11 @@ from distbench.steady import (
     rate_interval,
     trend,
     until_decision,
+    warmup,
     warmup_cut,
 )
+
+from .test_stats import waiting_times
 
 
 def noise(n, phi, rng):
@@ -142,6 +148,50 @@ def test_the_cut_is_the_best_of_all_tried_one_by_one(seed):
     assert (series == before).all()
 
 
+def grown(values, fitted):
+    """By how much memory widens a variance: (1 + r) / (1 - r), r as Shaman and Stine have it."""
+    mean = sum(values) / len(values)
+    apart = [each - mean for each in values]
+    r = sum(a * b for a, b in pairwise(apart)) / sum(a * a for a in apart)
+    r = min(max(r + (fitted + (fitted + 2) * r) / len(values), 0), 0.95)
+    return (1 + r) / (1 - r)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_lies_before_a_cut_is_counted_in_standard_errors(seed):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(150, 900))
+    series = 1 + 0.5 * (np.arange(n) < n // 5) + 0.05 * noise(n, 0.5, rng)
+    found = warmup(series)
+    assert found.cut > 0
+    points = medians(series[: n // 5 * 5], n // 5)
+    head, tail = points[: found.cut // 5], points[found.cut // 5 :]
+    parts = np.array_split(tail, min(20, len(tail) // 2))
+    means = [float(np.mean(part)) for part in parts]
+    batch = len(tail) / len(parts)
+    error = stats.tstd(means) * math.sqrt(grown(means, 1) * (batch / len(head) + 1 / len(parts)))
+    assert found.errors == pytest.approx((np.mean(head) - np.mean(tail)) / error)
+
+
+def test_without_a_cut_or_without_noise():
+    assert warmup(np.full(200, 7)).errors == 0
+    assert warmup(np.arange(99)) is None
+    step = warmup(np.repeat([9, 7], [50, 150]))
+    assert (step.cut, step.settled, step.errors) == (50, True, 1e6)
+    late = warmup(np.repeat([9, 7], [130, 70]))
+    assert (late.cut, late.settled, late.errors) == (130, False, 1e6)
+    assert json.loads(json.dumps(late.errors)) == late.errors
+
+
+@pytest.mark.parametrize("n", [200, 500, 2000])
+@pytest.mark.parametrize("kind", ["iid", "ar 0.5", "ar 0.9", "spikes"])
+def test_a_steady_series_has_nothing_apart(kind, n):
+    rng = np.random.default_rng(20)
+    found = [warmup(steady_series(kind, n, rng)).errors >= ERRORS_REAL for _ in range(300)]
+    # True rates: under 0.3 %, so that more than three of 300 have a chance under 1 in 80.
+    assert np.mean(found) <= 0.01
+
+
 def test_a_cut_of_just_one_half_is_allowed():
     half = np.concatenate([np.full(100, 9), np.arange(100) % 2])
     assert warmup_cut(half) == 100
@@ -229,6 +279,79 @@ def test_a_trend_of_one_standard_deviation_is_found():
     assert np.mean([each.slope for each in found]) == pytest.approx(1, abs=0.06)
     # Thirds: their middles are two thirds apart, from 5 1/6 to 5 5/6.
     assert np.mean([each.change for each in found]) == pytest.approx(4 / 31, abs=0.01)
+
+
+def steady_series(kind, n, rng):
+    if kind.startswith("queue"):
+        return 1 + waiting_times(float(kind.split()[1]), 20_000 + n, rng)[20_000:]
+    if kind.startswith("ar"):
+        return batches(rng, phi=float(kind.split()[1]), n=n)
+    series = batches(rng, n=n)
+    if kind == "spikes":
+        series[rng.random(n) < 0.03] *= rng.uniform(2, 10)
+    return series
+
+
+@pytest.mark.parametrize(
+    ("kind", "n", "most"),
+    [(kind, n, 0.01) for n in (200, 500, 2000)
+     for kind in ("iid", "ar 0.5", "ar 0.9", "spikes", "queue 0.5")]
+    + [("queue 0.8", 500, 0.02), ("queue 0.8", 2000, 0.01), ("queue 0.9", 5000, 0.01)],
+)  # fmt: skip
+def test_no_shift_is_found_where_there_is_none(kind, n, most):
+    rng = np.random.default_rng(21)
+    found = [trend(steady_series(kind, n, rng)) for _ in range(300)]
+    # True rates, over 1,000 runs: 0.1 to 0.5 % by p, as before, and none by the thirds but for
+    # queues that remember as long as the window (0.3 %). Each bound has a chance under 1 in 80.
+    assert np.mean([each.real for each in found]) <= most
+    assert np.mean([each.errors >= ERRORS_REAL for each in found]) <= most / 2
+
+
+@pytest.mark.parametrize("n", [200, 500, 2000, 5000])
+@pytest.mark.parametrize("factor", [1.1, 1.3, 2])
+@pytest.mark.parametrize("phi", [0.0, 0.5])
+def test_steps_are_found_wherever_they_are(phi, factor, n):
+    # A GPU that throttles, or that ceases to: at 20 to 80 % of the window, in noise of 1 %.
+    rng = np.random.default_rng(22)
+    for place in (0.2, 1 / 3, 0.5, 2 / 3, 0.8):
+        for up in (True, False):
+            step = np.where((np.arange(n) < place * n) == up, 1, factor)
+            found = trend(step * (1 + 0.01 * noise(n, phi, rng)))
+            assert found.real or (n, factor, phi) == (200, 1.1, 0.5)  # there some are missed
+            assert 1 + found.change == pytest.approx(factor if up else 1 / factor, rel=0.025)
+
+
+@pytest.mark.parametrize("n", [200, 1000, 5000])
+@pytest.mark.parametrize("shape", [lambda x: 1 + x**2, lambda x: 2 - x**2,
+                                   lambda x: 1 + np.exp(-10 * x), lambda x: 1 + np.exp(-3 * x),
+                                   lambda x: 1.3 - 0.3 * np.exp(-5 * x)])  # fmt: skip
+def test_bends_are_found(shape, n):
+    rng = np.random.default_rng(23)
+    found = [trend(shape(np.arange(n) / n) * (1 + 0.01 * noise(n, 0.0, rng))) for _ in range(10)]
+    assert all(each.real for each in found)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_thirds_are_compared_by_what_varies_within_them(seed):
+    rng = np.random.default_rng(seed)
+    series = 5 + noise(615, 0.5, rng) + 2 * (np.arange(615) > 300)
+    found = trend(series)
+    points, noises, memories = medians(series, 60), [], []
+    for third in np.split(points, 3):
+        line = stats.linregress(np.arange(20), third)
+        rest = third - line.intercept - line.slope * np.arange(20)
+        noises.append(float(np.sum(rest**2)) / 18)
+        memories.append(grown(rest.tolist(), 2))
+    error = math.sqrt(sorted(noises)[1] * sorted(memories)[1] / 10)
+    apart = abs(np.median(points[40:]) - np.median(points[:20]))
+    assert found.errors == pytest.approx(apart / error)
+
+
+def test_thirds_without_noise_and_thirds_of_too_few():
+    assert trend(np.full(300, 4)).errors == 0
+    assert trend(np.repeat([4, 5], 150)).errors == 1e6
+    assert trend(np.repeat([4, 5], 60)).errors == 1e6
+    assert trend(np.repeat([4, 5], [60, 59])).errors == 0  # 23 medians
 
 
 def test_a_million_values_and_few():
@@ -336,7 +459,7 @@ def test_the_bootstrap_keeps_blocks_together():
 
 def test_the_limits_of_the_bootstrap_leave_out_as_many_below_as_above():
     values = 2.0 ** np.arange(6)
-    drawn = np.random.default_rng(3).integers(6, size=(40, 6))
+    drawn = np.random.RandomState(3).randint(6, size=(40, 6))
     means = sorted(values[row].mean() for row in drawn)
     assert block_bootstrap(values, block=1, repeats=40, seed=3) == (means[1], means[38])
 
