@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distbench.cli import nearest, positive, positive_duration_ns
+from distbench.cli import nearest, one_of, positive, positive_duration_ns
 from distbench.errors import DistbenchError, ModelError, UsageError
 from distbench.sut import Echo, Sleep, SystemUnderTest, adapted
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 OPTIONS = {
     "digits": {"width": positive, "depth": positive},
+    "tinylm": {"slots": positive, "batching": one_of("continuous", "static")},
     "sleep": {"per_sample": positive_duration_ns},
     "echo": {},
 }
@@ -80,9 +81,22 @@ def load_model(spec: str, world: World, batch_size: int) -> SystemUnderTest:
         return Echo()
     if name == "sleep":
         return Sleep(values.get("per_sample", 1_000_000), now=world.now)
+    if name == "tinylm":
+        return _tinylm(world, batch_size, values)
     from distbench.models.digits import build  # noqa: PLC0415  torch, and only where it is used
 
     return build(world.device, batch_size, now=world.now, **values)
+
+
+def _tinylm(world: World, batch_size: int, values: dict[str, Any]) -> SystemUnderTest:
+    if batch_size != 1:
+        raise UsageError(
+            f"model tinylm takes one sample a group, not {batch_size}: give --batch-size 1; how "
+            "many texts it writes together is its slots=..."
+        )
+    from distbench.models.tinylm import build  # noqa: PLC0415
+
+    return build(world.device, now=world.now, **values)
 
 
 def _from_factory(spec: str, world: World) -> SystemUnderTest:
