@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from distbench.sut import Echo, Sleep, SystemUnderTest, adapted
 if TYPE_CHECKING:
     from distbench.world import World
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
     "digits": {"width": positive, "depth": positive},
     "tinylm": {"slots": positive, "batching": one_of("continuous", "static")},
     "sleep": {"per_sample": positive_duration_ns},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +62,12 @@ def decode_arrays(path: Path, content: bytes) -> dict[str, NDArray[Any]]:
         UsageError: it is no .npz file, it is damaged, or it holds what only pickle could read.
     """
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            if isinstance(arrays, np.ndarray):
-                raise ValueError("one array without a name")
+        loaded = np.load(io.BytesIO(content), allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            raise ValueError("it is one array, without a name")
+        with loaded as arrays:
             return dict(arrays)
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip, zlib, tokenizer: whatever damage makes numpy stumble over
         raise UsageError(
             f"{path} is no .npz file of plain arrays, and nothing is unpickled here: {error}; "
             "give a file that numpy.savez wrote"
