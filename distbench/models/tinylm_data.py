@@ -31,8 +31,8 @@ EXPECTED_FILE = "tinylm_expected.npz"
 
 SHA256: dict[str, str] = {
     TEXT_FILE: "c860db09ca260300162d82b88a0cd029609237a2cc649167694ce26b0dc33fa5",
-    WEIGHTS_FILE: "",
-    EXPECTED_FILE: "",
+    WEIGHTS_FILE: "b5ffae9b2bb14eee0a8fd80e85e17b73b97807d784052a076052f0e004827101",
+    EXPECTED_FILE: "37d5c580331a0b16622540c9fdc5b4784afc838d67bf66b05b424a607bace208",
 }
 """The only content each file may have; ``train_tinylm`` prints the digests to put here."""
 

@@ -45,9 +45,9 @@ from distbench.sut import Done, First, SystemUnderTest, run_indices
 from tests.support import run_module
 
 CPU = torch.device("cpu")
-HELD_OUT_BITS = 0.0
+HELD_OUT_BITS = 1.3610
 REQUIRED_BITS = 1.80
-REFERENCE = "REFERENCESHA"
+REFERENCE = "31ad59da99587b33c22c9cefbd06cc341703bd9570c0dc8cc67c4ee9325ea3ca"
 LEAD = 1e-2
 
 
@@ -313,10 +313,9 @@ def test_embedded_weights_that_were_changed_are_refused(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def chosen(expected, drawn):
-    """The twelve held-out samples that are quickest to write without a cache."""
-    order = np.argsort(drawn.output_lengths[expected.held_out], kind="stable")
-    return expected.held_out[np.sort(order[:12])]
+def chosen(expected):
+    """Every sixth held-out sample: to write them all without a cache takes a minute."""
+    return expected.held_out[::6]
 
 
 @pytest.fixture(scope="module")
