@@ -88,10 +88,6 @@ class KVCache:
     keys: Tensor
     values: Tensor
 
-    def layer(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return one layer's keys and values, each (slots, length, kv_heads, head_dim)."""
-        return self.keys[number], self.values[number]
-
     @property
     def slots(self) -> int:
         """Texts that it holds."""
@@ -269,7 +265,7 @@ class TinyLM(nn.Module):
         x = self.embedding(tokens)
         place = self._place(x, cache, positions, slots, limit)
         for number, layer in enumerate(self.layers):
-            keys, values = cache.layer(number) if cache else (None, None)
+            keys, values = (cache.keys[number], cache.values[number]) if cache else (None, None)
             x = layer(x, place, keys, values)
         return linear(self.norm(x), self.embedding.weight)
 
