@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         "samples": positive,
         "layout": one_of("channels_last", "contiguous"),
     },
+    "tinylm": {"slots": positive, "batching": one_of("continuous", "static")},
     "sleep": {"per_sample": positive_duration_ns},
     "echo": {},
 }
@@ -100,6 +101,8 @@ def load_model(spec: str, world: World, batch_size: int, dtype: str = "") -> Sys
         return Echo()
     if name == "sleep":
         return Sleep(values.get("per_sample", 1_000_000), now=world.now)
+    if name == "tinylm":
+        return _tinylm(world, batch_size, values)
     # torch, and only where it is used
     if name == "resnet50":
         from distbench.models.resnet50 import build as build_resnet50  # noqa: PLC0415
@@ -130,11 +133,24 @@ def check_dtype(spec: str, dtype: str) -> None:
     name = spec.partition(",")[0]
     if name in STAND_INS:
         raise UsageError(f"--dtype {dtype} does not apply to model {name}: it computes nothing")
+    if name == "tinylm" and dtype != "fp32":
+        raise UsageError(f"model tinylm computes in fp32 alone, not in {dtype} (--dtype)")
 
 
 def _is_factory(spec: str) -> bool:
     """Tell MODULE:FACTORY from a name with options, in whose values a colon may stand."""
     return ":" in spec.partition(",")[0]
+
+
+def _tinylm(world: World, batch_size: int, values: dict[str, Any]) -> SystemUnderTest:
+    if batch_size != 1:
+        raise UsageError(
+            f"model tinylm takes one sample a group, not {batch_size}: give --batch-size 1; how "
+            "many texts it writes together is its slots=..."
+        )
+    from distbench.models.tinylm import build  # noqa: PLC0415
+
+    return build(world.device, now=world.now, **values)
 
 
 def _from_factory(spec: str, world: World) -> SystemUnderTest:

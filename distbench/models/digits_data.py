@@ -11,7 +11,6 @@ a system computes the right thing, not how it does on new handwriting.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distbench.errors import UsageError
-from distbench.files import sha256
+from distbench.models.arrays import decode_arrays, pinned_bytes
 
 DATA_FILE = "digits.npz"
 WEIGHTS_FILE = "digits_w32.npz"
@@ -59,8 +57,8 @@ def read_data(folder: Path | None = None) -> DigitsData:
     Raises:
         UsageError: the file is missing, unreadable or not the pinned one.
     """
-    arrays = read_pinned(DATA_FILE, folder)
-    return DigitsData(arrays["images"], arrays["labels"], arrays["held_out"])
+    held = read_pinned(DATA_FILE, folder)
+    return DigitsData(held["images"], held["labels"], held["held_out"])
 
 
 def read_pinned(name: str, folder: Path | None = None) -> dict[str, NDArray[Any]]:
@@ -78,20 +76,4 @@ def read_pinned(name: str, folder: Path | None = None) -> dict[str, NDArray[Any]
             file, the digest expected, what was found and the remedy.
     """
     path = (Path(__file__).parent if folder is None else folder) / name
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise _refusal(path, error.strerror or str(error)) from error
-    found = sha256(content)
-    if found != SHA256[name]:
-        raise _refusal(path, f"sha256 {found}")
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return dict(arrays)
-
-
-def _refusal(path: Path, found: str) -> UsageError:
-    expected = SHA256[path.name]
-    return UsageError(
-        f"{path} is not the file that distbench ships: expected sha256 {expected}, "
-        f"found {found}; reinstall distbench"
-    )
+    return decode_arrays(path, pinned_bytes(path, SHA256[name]))

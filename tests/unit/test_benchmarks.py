@@ -157,6 +157,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
     ("argv", "words"),
     [
         (("overhead.py", "--rounds", "3"), "divided by one clock read"),
+        (("slots.py", "--rounds", "2", "--samples", "64"), "Share of the time that is scheduling"),
         ((*TORCHRUN, "start_skew.py", "--rounds", "3"), "flagged 10 of 10"),
         ((*TORCHRUN, "gather.py", "--samples", "1000", "--rounds", "2"), "1,000 rows, 1 column"),
         ((*TORCHRUN, "selection.py", "--samples", "1000", "--rounds", "2"), "2 x 1,000 samples"),

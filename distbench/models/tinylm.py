@@ -1,0 +1,187 @@
+"""A small language model over the bytes of a public-domain text, decoded in slots.
+
+Every sample is one text to be written on: ``--batch-size 1``, and the engine batches by ``slots``.
+Accuracy is the share of tokens that are those of the reference, which writes the same texts in
+float64 and without any cache. How well the network tells the text at all, in bits per byte, is a
+property of the weights and no figure of a run; ``bits_per_byte`` measures it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import cross_entropy
+
+from distbench.clock import Now, now_ns
+from distbench.engines.slot_decoder import SlotDecoder, check_memory
+from distbench.engines.slots import SlotEngine
+from distbench.gpus import Device
+from distbench.models.tinylm_data import (
+    SLOT_LENGTH,
+    Expected,
+    Samples,
+    draw_samples,
+    read_expected,
+    read_text,
+)
+from distbench.models.tinylm_net import TinyLM, build_net, new_cache, slot_bytes
+from distbench.sut import Indices
+
+SLOTS = 8
+TARGET_ACCURACY = 0.99
+"""At every step of a held-out sample the best byte leads by more than 1e-2 in the logits, which
+float32 rounds by some 1e-5: in float32 all tokens agree. A lower precision may turn one of the
+closest, and with it what follows."""
+
+
+def build(
+    device: Device,
+    now: Now = now_ns,
+    slots: int = SLOTS,
+    batching: str = "continuous",
+    folder: Path | None = None,
+) -> SlotEngine:
+    """Make the tinylm system under test.
+
+    Args:
+        device: where to compute.
+        now: clock for the engine's stamps.
+        slots: texts that are written together.
+        batching: "continuous" or "static".
+        folder: where the embedded files lie; None is the installed package.
+
+    Returns:
+        A system under test over 1,024 samples; an output is the tokens of one, int64.
+
+    Raises:
+        UsageError: the embedded files are damaged, there is no memory for so many slots, or
+            ``batching`` is neither.
+    """
+    samples = draw_samples(read_text(folder))
+    expected = read_expected(samples, folder)
+    net, digest = build_net(folder)
+    place = torch.device("cuda", device.index) if device.type == "cuda" else torch.device("cpu")
+    sut: Any = slot_engine(net.to(place), samples, place, slots, batching, now)
+    sut.digest = digest
+    sut.flops_per_sample = flops_per_sample(net, samples)
+    sut.target_accuracy = TARGET_ACCURACY
+    sut.held_out = expected.held_out
+    sut.score = lambda indices, outputs: count_matching(expected, indices, outputs)
+    return sut  # type: ignore[no-any-return]
+
+
+def slot_engine(
+    net: TinyLM,
+    samples: Samples,
+    place: torch.device,
+    slots: int = SLOTS,
+    batching: str = "continuous",
+    now: Now = now_ns,
+) -> SlotEngine:
+    """Put a network, whatever its weights and dtype, behind the engine.
+
+    Args:
+        net: on ``place``, in eval mode.
+        samples: what is issued.
+        place: where to compute.
+        slots: texts that are written together.
+        batching: "continuous" or "static".
+        now: clock for the engine's stamps.
+
+    Raises:
+        UsageError: there is no memory for so many slots, or ``batching`` is neither.
+    """
+    dtype = net.embedding.weight.dtype
+    check_memory(slots, slot_bytes(net.config, SLOT_LENGTH, dtype), place)
+    cache = new_cache(net.config, slots, SLOT_LENGTH, dtype, place)
+    decoder = SlotDecoder(net, cache, net.config.vocabulary, place)
+    return SlotEngine(decoder, samples.prompts, samples.output_lengths, batching, now)
+
+
+def flops_per_sample(net: TinyLM, samples: Samples) -> int:
+    """Return the operations of a mean sample in the matrices alone, so rather too few.
+
+    Args:
+        net: its matrices multiply each token once, a multiplication and an addition per weight.
+        samples: a prompt and what follows, but for the last token, which is never read.
+    """
+    weights = sum(each.numel() for each in net.parameters() if each.dim() == 2)
+    tokens = sum(map(len, samples.prompts)) + int((samples.output_lengths - 1).sum())
+    return 2 * weights * tokens // len(samples.prompts)
+
+
+def count_matching(expected: Expected, indices: Indices, outputs: Sequence[Any]) -> tuple[int, int]:
+    """Count the tokens that are the reference's, place by place.
+
+    Args:
+        expected: the reference's.
+        indices: shape (n,), int64, of held-out samples.
+        outputs: n arrays of tokens.
+
+    Returns:
+        How many are the same, and how many the reference has.
+    """
+    right = total = 0
+    for index, output in zip(indices.tolist(), outputs, strict=True):
+        wanted = expected.tokens[index]
+        total += len(wanted)
+        got = np.asarray(output)[: len(wanted)]
+        right += int((got == wanted[: len(got)]).sum())
+    return right, total
+
+
+def bits_per_byte(
+    net: TinyLM, text: bytes, begin: int, window: int = 256, stride: int = 64
+) -> float:
+    """Measure how well a network tells each byte of a text from those before it.
+
+    Args:
+        net: in eval mode.
+        text: ASCII.
+        begin: first byte that counts, above 0; those before it only serve as context.
+        window: bytes that the network sees at once.
+        stride: bytes that count in each window, its last ones.
+
+    Returns:
+        Mean of -log2 of the probability given to the byte that came, over ``text[begin:]``.
+    """
+    codes = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(net.embedding.weight.device)
+    total = 0.0
+    with torch.inference_mode():
+        for first in range(begin, len(text), stride):
+            end = min(first + stride, len(text))
+            seen = codes[max(0, end - window) : end].long()
+            logits = net(seen[None, :-1])[0, -(end - first) :].double()
+            total += float(cross_entropy(logits, seen[-(end - first) :], reduction="sum"))
+    return total / math.log(2) / (len(text) - begin)
+
+
+def greedy(net: TinyLM, prompt: bytes, count: int) -> tuple[NDArray[np.int64], float]:
+    """Write on after a prompt without any cache: the whole text anew for every byte.
+
+    This is the reference that every other way of decoding is held against.
+
+    Args:
+        net: in eval mode.
+        prompt: ASCII, not empty.
+        count: bytes to write.
+
+    Returns:
+        The bytes, shape (count,), int64; and the least lead, in the logits, that the best next byte
+        had over the second.
+    """
+    device = net.embedding.weight.device
+    text = torch.tensor([list(prompt)], device=device)
+    lead = math.inf
+    with torch.inference_mode():
+        for _ in range(count):
+            best = net(text)[0, -1].topk(2)
+            lead = min(lead, float(best.values[0] - best.values[1]))
+            text = torch.cat((text, best.indices[None, :1]), dim=1)
+    return text[0, len(prompt) :].cpu().numpy(), lead
