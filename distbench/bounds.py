@@ -90,6 +90,11 @@ def _bound(text: str) -> Bound:
     return Bound(series, label, limit_ns)
 
 
+def bounds_of(before: Mapping[str, Any]) -> tuple[Bound, ...]:
+    """Return the bounds that a run was asked to keep, as rank.json has them."""
+    return tuple(Bound(**each) for each in (before.get("load") or {}).get("bounds", []))
+
+
 def bounds_found(
     bounds: Sequence[Bound], metrics: Mapping[str, Mapping[str, Any]]
 ) -> list[Finding]:

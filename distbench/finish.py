@@ -182,9 +182,12 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     told = world.gather_json([before, after])
     own = recorder.log.rows[: recorder.after["used"]]
     rows: list[Any] = [None] * world.world_size
-    rows[world.rank] = own
+    tokens: list[Any] = [None] * world.world_size
+    rows[world.rank], tokens[world.rank] = own, recorder.log.token_ns
     if not shard:
         rows = list(world.gather_rows(own))
+        if recorder.log.token_ns is not None:
+            tokens = list(world.gather_rows(recorder.log.token_ns))
     world.side.meet("gathered")
     run = Run(
         world.world_size,
@@ -195,6 +198,7 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
                 told[rank][1],
                 rows[rank],
                 elsewhere=shard and rank != world.rank,
+                token_ns=tokens[rank],
             )
             for rank in range(world.world_size)
         ),

@@ -6,12 +6,14 @@ clocks carries their bound. docs/method.md tells the formulas at length.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+from distbench.bounds import bounds_of
 from distbench.early_stopping import least_queries, over_allowed
 from distbench.files import finite
 from distbench.intervals import Steady, percentile_intervals, steady_rate
-from distbench.pool import Pool
+from distbench.pool import Pool, within
 from distbench.quantiles import RULE
 from distbench.run import RankRecord, Run
 from distbench.scenarios import Scenario, scenario
@@ -73,12 +75,43 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
         out |= _arrivals(times, lost)
     else:
         out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
+    out |= _tokens(pool, times, seconds, lost)
     for name, definition in kind.series.items():
         out |= _latencies(pool, times, name, definition)
     if kind.stream:
         out |= _estimate(pool, times, kind)
     out["accuracy"] = accuracy(run)
     out["memory.peak"] = _memory(run)
+    return out
+
+
+def _tokens(
+    pool: Pool, times: list[RankTimes], seconds: float | None, lost: str
+) -> dict[str, dict[str, Any]]:
+    """Return the rate of tokens, and that of the queries which keep the user's bounds."""
+    out, counted = {}, [t.tokens for t in times if t.tokens is not None]
+    known = seconds is not None and not lost
+    if counted:
+        out["throughput.tokens"] = metric(
+            sum(counted) / seconds if known and seconds else None,
+            "tokens/s",
+            sum(counted),
+            "output tokens of completed samples of all ranks / makespan on rank 0's clock",
+            reason=lost,
+            ci_reason=ONE_WINDOW,
+        )
+    bounds = bounds_of(pool.run.first.before)
+    if bounds:
+        good = sum(pool.gather(partial(within, bounds=bounds)))
+        shown = ", ".join(f"{each.series} {each.limit_ns / NS:.6g} s" for each in bounds)
+        out["goodput"] = metric(
+            good / seconds if known and seconds else None,
+            "samples/s",
+            good,
+            f"completed queries that keep every bound themselves ({shown}) / makespan",
+            reason=lost,
+            ci_reason=ONE_WINDOW,
+        )
     return out
 
 

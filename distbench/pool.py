@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbench.bounds import Bound
 from distbench.judged import stream_estimate_ns
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
@@ -22,6 +23,8 @@ from distbench.samples import FAILED, PENDING
 from distbench.scenarios import Scenario, scenario
 
 Series = NDArray[np.int64]
+NONE = 2**63 - 1
+"""Stands for a time that a query does not have, in arrays of all queries."""
 OWN = {"p50": 0.5, "p90": 0.9, "p99": 0.99}
 """Percentiles of a rank's own latencies that stand in its row."""
 
@@ -137,6 +140,54 @@ def _device(record: RankRecord) -> Series:
     return np.asarray(device[device > 0])
 
 
+def _ttft(record: RankRecord) -> Series:
+    every = _of_every_query(record, "ttft")
+    return every[every < NONE]
+
+
+def _tpot(record: RankRecord) -> Series:
+    every = _of_every_query(record, "tpot")
+    return every[every < NONE]
+
+
+def _of_every_query(record: RankRecord, name: str) -> Series:
+    """Return a time of every query that completed, ``NONE`` where it has no such time.
+
+    Args:
+        record: of the rank.
+        name: "latency"; "ttft", to the first token; "tpot", per token after the first, of queries
+            with two tokens at the least.
+    """
+    if name == "latency":
+        return _latency(record)
+    good = record.column("completed") >= 0
+    if "tokens" not in record.before["columns"]:
+        return np.full(int(good.sum()), NONE)
+    begin = "issued" if _kind(record).stream else "scheduled"
+    first, tokens = record.column("first_token")[good], record.column("tokens")[good]
+    if name == "ttft":
+        return np.where(first > 0, first - record.column(begin)[good], NONE)
+    after = (record.column("completed")[good] - first) // np.maximum(tokens - 1, 1)
+    return np.where((first > 0) & (tokens > 1), after, NONE)
+
+
+def _gap(record: RankRecord) -> Series:
+    """Return the times between neighbouring tokens of all queries that completed, in order."""
+    if record.token_ns is None:
+        return np.zeros(0, np.int64)
+    good, tokens = record.column("completed") >= 0, record.column("tokens")
+    gaps = np.diff(record.token_ns[good], axis=1)
+    return np.asarray(gaps[np.arange(gaps.shape[1]) < tokens[good][:, None] - 1])
+
+
+def within(record: RankRecord, bounds: Sequence[Bound]) -> int:
+    """Count the queries that keep every bound themselves, whatever its percentile."""
+    kept = np.ones(int((record.column("completed") >= 0).sum()), np.bool_)
+    for bound in bounds:
+        kept &= _of_every_query(record, bound.series) <= bound.limit_ns
+    return int(kept.sum())
+
+
 def _per_sample(record: RankRecord, begin: str, end: str) -> Series:
     """Return the time between two stamps of every sample that completed and has both."""
     columns = record.before["columns"]
@@ -175,6 +226,9 @@ _SERIES: dict[str, Callable[[RankRecord], Series]] = {
     "queue": _queue,
     "return": _return,
     "in_time": _in_time,
+    "ttft": _ttft,
+    "tpot": _tpot,
+    "gap": _gap,
 }
 
 
@@ -186,9 +240,10 @@ def facts(record: RankRecord) -> dict[str, Any]:
         ``groups`` that ended well, ``scheduled_ns`` and ``issued_ns`` of the first row,
         ``finished_ns`` (last completion), ``last_due_ns`` and ``last_done_ns`` (schedule, in a
         stream the issue, and completion of the last query); None where there is none;
-        ``contradicting`` groups, whose stamps by the engine cannot be true; for each series of the
-        scenario ``[n, largest, sum]``; and ``own``, this rank's latencies at some percentiles, ns,
-        and early stopping's estimate in a stream, where a rank's alone mean something.
+        ``contradicting`` groups, whose stamps by the engine cannot be true; ``tokens`` and
+        ``short`` queries of a token model; for each series of the scenario ``[n, largest, sum]``;
+        and ``own``, this rank's latencies at some percentiles, ns, and early stopping's estimate in
+        a stream, where a rank's alone mean something.
     """
     kind = _kind(record)
     completed, scheduled = record.column("completed"), record.column("scheduled")
@@ -206,9 +261,22 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "last_due_ns": int(due[-1]) if len(due) else None,
         "last_done_ns": int(completed[-1]) if len(completed) and completed[-1] >= 0 else None,
         "contradicting": _contradicting(record),
+        **_tokens(record),
         "series": {name: _sums(series(record, name)) for name in kind.series},
         "own": {} if kind.drained else _own(series(record, "latency"), kind),
     }
+
+
+def _tokens(record: RankRecord) -> dict[str, int | None]:
+    """Return the tokens of completed queries, None where the model has none, and those too short.
+
+    LoadGen logs an error for a query of fewer than two tokens, or without a first.
+    """
+    if "tokens" not in record.before["columns"]:
+        return {"tokens": None, "short": 0}
+    good = record.column("completed") >= 0
+    tokens, first = record.column("tokens")[good], record.column("first_token")[good]
+    return {"tokens": int(tokens.sum()), "short": int(((tokens < 2) | (first <= 0)).sum())}
 
 
 def _own(latency_ns: Series, kind: Scenario) -> dict[str, int]:

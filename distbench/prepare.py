@@ -28,7 +28,7 @@ CHUNK_NS, CHUNK_ROWS = 50_000_000, 65_536
 """A stretch of warm-up is at least so long, or has so many samples."""
 SHAPES = 64
 """Sizes of groups that are all warmed."""
-OPTIONAL = ("started", "finished", "device")
+OPTIONAL = ("started", "finished", "device", "tokens", "first_token")
 """Columns that a log has only where the SUT fills them, as its warm-up shows."""
 
 ALL_COLUMNS = (
@@ -40,6 +40,8 @@ ALL_COLUMNS = (
     "completed",
     "device",
     "count",
+    "tokens",
+    "first_token",
 )
 _AT = {name: place for place, name in enumerate(ALL_COLUMNS)}
 
@@ -173,7 +175,7 @@ def warm_up(
         if groups > 1 and now() - begin >= least_ns // 2:
             timed_ns, samples = timed_ns + took_ns, samples + len(indices)
         # As the window does it, many groups on end: the engine's whole depth is then in use.
-        if took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS:
+        if (took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS) or chunk < 2 * sut.depth:
             chunk *= 2
     return Warmup(samples / max(timed_ns, 1) * 1e9, slowest, groups, tuple(sorted(columns)))
 

@@ -132,6 +132,16 @@ def make_log(world: World, folder: Folder, rows: int, columns: Sequence[str]) ->
     return log
 
 
+def make_tokens(world: World, folder: Folder, log: SampleLog, most: int | None) -> None:
+    """Allocate the stamps of this rank's tokens, where there are any; as ``make_log``."""
+    with _or_nothing(world, folder, "tokens") as problem:
+        try:
+            if most is not None:
+                log.record_tokens(folder.own / "tokens.npy", most)
+        except UsageError as error:
+            problem.append(UsageError(f"{where(world.rank, world.host)}: {error}"))
+
+
 def write_before(world: World, folder: Folder, before: dict[str, Any]) -> None:
     """Write rank.json; a disk without room stops all ranks, leaving nothing."""
     with _or_nothing(world, folder, "rank.json") as problem:

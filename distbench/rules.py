@@ -28,35 +28,40 @@ class Rules:
         name: "none" or a round's.
         round: None with "none".
         shortened_ns: minimum duration of a shortened run, which is never VALID; None: in full.
+        interactive: whether Server's limits are those of its interactive variant.
     """
 
     name: str = "none"
     round: Round | None = None
     shortened_ns: int | None = None
+    interactive: bool = False
 
 
 def parse_rules(text: str) -> Rules:
-    """Read ``none | mlperf-v5.0 | mlperf-v5.1 [,shortened=5s]``.
+    """Read ``none | mlperf-v5.0 | mlperf-v5.1 [,shortened=5s] [,interactive]``.
 
     Raises:
-        UsageError: an unknown name or setting, or a shortened run of no rules.
+        UsageError: an unknown name or setting, or a setting of no rules.
     """
     name, *settings = (part.strip() for part in text.split(","))
     names = ["none", *ROUNDS]
     if name not in names:
         raise UsageError(f"rules {name!r} are not one of {', '.join(names)}{nearest(name, names)}")
-    shortened_ns = None
+    shortened_ns, interactive = None, False
     for setting in settings:
         key, equals, value = setting.partition("=")
-        if key != "shortened" or not equals:
+        if setting != "interactive" and (key != "shortened" or not equals):
             raise UsageError(
-                f"rules {text!r}: {setting!r} is not shortened=DURATION"
-                f"{nearest(key, ['shortened'])}"
+                f"rules {text!r}: {setting!r} is neither shortened=DURATION nor interactive"
+                f"{nearest(key, ['shortened', 'interactive'])}"
             )
         if name == "none":
-            raise UsageError(f"rules {text!r}: without rules there is nothing to shorten")
-        shortened_ns = positive_duration_ns(value)
-    return Rules(name, ROUNDS.get(name), shortened_ns)
+            raise UsageError(f"rules {text!r}: without rules there is nothing to shorten or vary")
+        if equals:
+            shortened_ns = positive_duration_ns(value)
+        else:
+            interactive = True
+    return Rules(name, ROUNDS.get(name), shortened_ns, interactive)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from distbench.bounds import Bound
+from distbench.bounds import bounds_of
 from distbench.findings import Finding
 from distbench.gates import WORDING, Bounded, Gate, offline_gates, server_gates, stream_gates
 from distbench.pool import Pool, series
@@ -39,21 +39,23 @@ def ruled(
     if span.value_ns is None or queries == 0:
         return _section(rules, "INVALID", []), []
     kind = scenario(before["scenario"])
-    errors = sum(t.failed + t.pending for t in times)
+    errors = sum(t.failed + t.pending + t.short for t in times)
     if kind.drained:
         gates = offline_gates(span.value_ns, queries, errors, limit)
     elif kind.stream:
         gates = _worst([_stream(t, limit) for t in times])
     else:
         last_ns = max(since_start_ns(t) for t in times)
-        gates = server_gates(last_ns, queries, errors, _bounded(pool, queries, limit), limit)
+        bounded, absent = _bounded(pool, times, limit)
+        errors += queries * absent  # a limit on what the model does not have is kept by no query
+        gates = server_gates(last_ns, queries, errors, bounded, limit)
     word = "SHORTENED" if limit.shortened else "VALID"
     return _section(rules, word if all(g.passed for g in gates) else "INVALID", gates), gates
 
 
 def _stream(t: RankTimes, limit: Limits) -> list[Gate]:
     queries = t.series["latency"][0]
-    return stream_gates(since_start_ns(t), queries, t.failed + t.pending, limit)
+    return stream_gates(since_start_ns(t), queries, t.failed + t.pending + t.short, limit)
 
 
 def _worst(replicas: Sequence[Sequence[Gate]]) -> list[Gate]:
@@ -64,17 +66,21 @@ def _worst(replicas: Sequence[Sequence[Gate]]) -> list[Gate]:
     ]
 
 
-def _bounded(pool: Pool, queries: int, limit: Limits) -> list[Bounded]:
-    """Return the percentiles that a round limits, over all ranks."""
+def _bounded(pool: Pool, times: Sequence[RankTimes], limit: Limits) -> tuple[list[Bounded], bool]:
+    """Return the percentiles that a round limits, over all ranks, and whether one is absent."""
     named = {"latency": limit.latency_ns, "ttft": limit.ttft_ns, "tpot": limit.tpot_ns}
-    found = []
+    found, absent = [], False
     for name, limit_ns in named.items():
         if limit_ns is None:
             continue
-        (value_ns,) = pool.order(name, [int(queries * limit.percentile)])
+        n = sum(t.series[name][0] for t in times)
+        if n == 0:
+            absent = True
+            continue
+        (value_ns,) = pool.order(name, [int(n * limit.percentile)])
         over = pool.gather(partial(_over, name=name, limit_ns=limit_ns))
         found.append(Bounded(name, value_ns, limit_ns, sum(over)))
-    return found
+    return found, absent
 
 
 def _over(record: RankRecord, name: str, limit_ns: int) -> int:
@@ -92,13 +98,9 @@ def round_limits(rules: Rules, before: Mapping[str, Any]) -> Limits:
         before["scenario"],
         known,
         dataset_size=before["model"]["total"],
+        interactive=rules.interactive,
         latency_ns=asked[0].limit_ns if asked else None,
     )
-
-
-def bounds_of(before: Mapping[str, Any]) -> tuple[Bound, ...]:
-    """Return the bounds that a run was asked to keep, as rank.json has them."""
-    return tuple(Bound(**each) for each in (before.get("load") or {}).get("bounds", []))
 
 
 def _section(rules: Rules, word: str | None, gates: Sequence[Gate]) -> dict[str, Any]:

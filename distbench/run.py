@@ -4,6 +4,7 @@
         result.json report.txt manifest.sha256
         ranks/00000/  rank.json      written before the window
                       samples.npy    the SampleLog itself
+                      tokens.npy     a stamp per token, of token engines; a row a sample
                       after.json     written after it
                       done.json      sha256 of the other files of this rank
         ranks/00001/  ...
@@ -44,6 +45,7 @@ class RankRecord:
         rows: shape (used, columns), int64, as in samples.npy: a group's stamps in its first row;
             None where the file is missing or damaged.
         problem: why something is None, "" otherwise.
+        token_ns: shape (used, most tokens), int64, ns, as in tokens.npy; None without one.
         elsewhere: whether its samples stay on that rank, which is another: ``rows`` is None, and
             nothing is lost.
     """
@@ -54,6 +56,7 @@ class RankRecord:
     rows: Rows | None
     problem: str = ""
     elsewhere: bool = False
+    token_ns: Rows | None = None
 
     @property
     def host(self) -> str:
@@ -283,7 +286,7 @@ def read_record(path: Path) -> RankRecord:
             f"{SCHEMA_VERSION}: use the version that wrote it"
         )
     after: dict[str, Any] | None = None
-    rows: Rows | None = None
+    rows = token_ns = None
     problem = ""
     try:
         after = files.read_json(path / "after.json")
@@ -292,9 +295,17 @@ def read_record(path: Path) -> RankRecord:
     try:
         rows = read_rows(path / "samples.npy", columns)
         rows = rows[: int(after["used"])] if after is not None else rows
+        token_ns = _read_tokens(path, before, rows)
     except UsageError as error:
         problem = str(error)
-    return RankRecord(rank, before, after, rows, problem)
+    return RankRecord(rank, before, after, rows, problem, token_ns=token_ns)
+
+
+def _read_tokens(path: Path, before: dict[str, Any], rows: Rows) -> Rows | None:
+    most = before.get("most_tokens")
+    if most is None:
+        return None
+    return read_rows(path / "tokens.npy", [str(n) for n in range(most)])[: len(rows)]
 
 
 def write_rank(path: Path, record: RankRecord) -> None:
@@ -311,6 +322,8 @@ def write_rank(path: Path, record: RankRecord) -> None:
     files.write_json(path / "rank.json", record.before)
     if record.rows is not None:
         files.write_bytes(path / "samples.npy", npy_bytes(record.rows))
+    if record.token_ns is not None:
+        files.write_bytes(path / "tokens.npy", npy_bytes(record.token_ns))
     if record.after is not None:
         files.write_json(path / "after.json", record.after)
     write_done(path)

@@ -67,6 +67,8 @@ class SampleLog:
         rows: shape (capacity, len(columns)), int64; the mapped array itself.
         ended: one number, the rows of the groups that have ended; another thread may read it.
         idle: one truth, whether the loop waits with nothing in flight; likewise.
+        token_ns: shape (capacity, most tokens), int64, ns, a stamp per token of each row, 0 behind
+            the last one; None where tokens are not recorded.
     """
 
     index: Array
@@ -78,15 +80,15 @@ class SampleLog:
     completed: Array
     device: Array
     count: Array
+    tokens: Array
+    first_token: Array
 
-    def __init__(
-        self, rows: Array, columns: Sequence[str], mapped: mmap.mmap | None = None
-    ) -> None:
+    def __init__(self, rows: Array, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
         self.rows = rows
         self.ended, self.idle = [0], [False]
-        self._mapped = mapped
-        self._path: Path | None = None
+        self.token_ns: Array | None = None
+        self._files: list[tuple[mmap.mmap, Path]] = []
         for position, name in enumerate(self.columns):
             setattr(self, name, rows[:, position])
 
@@ -121,62 +123,53 @@ class SampleLog:
             UsageError: the disk has no room, or the file cannot be made; the sentence names the
                 size and what to change.
         """
-        header = _npy_header(capacity, len(columns))
-        size = len(header) + 8 * capacity * len(columns)
-        try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        except OSError as error:
-            raise UsageError(f"{path} cannot be made: {error.strerror}") from error
-        try:
-            os.posix_fallocate(fd, 0, size)
-            os.pwrite(fd, header, 0)
-            mapped = mmap.mmap(fd, size)
-        except (OSError, OverflowError) as error:
-            path.unlink(missing_ok=True)
-            if getattr(error, "errno", errno.EFBIG) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise UsageError(
-                    f"{path.parent} has no room for {capacity} samples ({size / 1e6:.1f} MB): "
-                    "free space there, choose another --output-dir or fewer samples "
-                    "(--num-samples, --duration)"
-                ) from error
-            raise UsageError(f"{path} cannot be allocated: {error}") from error
-        finally:
-            os.close(fd)
-        rows = np.frombuffer(mapped, np.int64, offset=len(header)).reshape(capacity, len(columns))
-        log = cls(rows, columns, mapped)._cleared()
-        log._path = path
+        rows, mapped = _mapped_rows(path, capacity, len(columns))
+        log = cls(rows, columns)._cleared()
+        log._files.append((mapped, path))
         return log
+
+    def record_tokens(self, path: Path, most: int) -> None:
+        """Make room for a stamp per token, in a file of its own, as ``create`` makes the rows.
+
+        Args:
+            path: the ``.npy`` to make; must not exist.
+            most: tokens of a row at most.
+
+        Raises:
+            UsageError: as ``create``.
+        """
+        self.token_ns, mapped = _mapped_rows(path, self.capacity, most)
+        self.token_ns[:] = 0  # touched here, not in the window
+        self._files.append((mapped, path))
 
     def freeze(self) -> None:
         """Keep what the file holds now, while the loop, which nobody can stop, goes on storing.
 
-        The shared mapping is replaced in place by a private one of the same file: every later
+        Each shared mapping is replaced in place by a private one of the same file: every later
         store goes to a copy of its page in memory. Used when a run ends early, by the side thread.
 
         Raises:
             OSError: the file cannot be mapped again.
         """
-        if self._mapped is None or self._path is None:
-            return
         libc = ctypes.CDLL(None, use_errno=True)
         libc.mmap.restype = ctypes.c_void_p
-        size = len(self._mapped)
-        start = np.frombuffer(self._mapped, np.uint8).ctypes.data
-        fd = os.open(self._path, os.O_RDWR)
-        try:
-            new = libc.mmap(
-                ctypes.c_void_p(start),
-                ctypes.c_size_t(size),
-                PROT_READ_WRITE,
-                MAP_PRIVATE_FIXED,
-                fd,
-                ctypes.c_long(0),
-            )
-        finally:
-            os.close(fd)
-        if new != start:
-            code = ctypes.get_errno()
-            raise OSError(code, os.strerror(code))
+        for mapped, path in self._files:
+            start = np.frombuffer(mapped, np.uint8).ctypes.data
+            fd = os.open(path, os.O_RDWR)
+            try:
+                new = libc.mmap(
+                    ctypes.c_void_p(start),
+                    ctypes.c_size_t(len(mapped)),
+                    PROT_READ_WRITE,
+                    MAP_PRIVATE_FIXED,
+                    fd,
+                    ctypes.c_long(0),
+                )
+            finally:
+                os.close(fd)
+            if new != start:
+                code = ctypes.get_errno()
+                raise OSError(code, os.strerror(code))
 
     def _cleared(self) -> SampleLog:
         self.rows[:] = 0
@@ -213,6 +206,32 @@ class SampleLog:
         if libc.msync(ctypes.c_void_p(begin), ctypes.c_size_t(length), MS_SYNC) != 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
+
+
+def _mapped_rows(path: Path, rows: int, columns: int) -> tuple[Array, mmap.mmap]:
+    """Map a new ``.npy`` file of int64 zeros, every block of it allocated."""
+    header = _npy_header(rows, columns)
+    size = len(header) + 8 * rows * columns
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from error
+    try:
+        os.posix_fallocate(fd, 0, size)
+        os.pwrite(fd, header, 0)
+        mapped = mmap.mmap(fd, size)
+    except (OSError, OverflowError) as error:
+        path.unlink(missing_ok=True)
+        if getattr(error, "errno", errno.EFBIG) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise UsageError(
+                f"{path.parent} has no room for {rows} samples ({size / 1e6:.1f} MB): "
+                "free space there, choose another --output-dir or fewer samples "
+                "(--num-samples, --duration)"
+            ) from error
+        raise UsageError(f"{path} cannot be allocated: {error}") from error
+    finally:
+        os.close(fd)
+    return np.frombuffer(mapped, np.int64, offset=len(header)).reshape(rows, columns), mapped
 
 
 def fail_rest(log: SampleLog) -> None:

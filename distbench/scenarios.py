@@ -44,10 +44,16 @@ class Scenario:
 
 DEVICE = "device time between two events, per group"
 ENGINE = "engine's end - engine's start, per {}"
+TOKENS = {
+    "tpot": "(completion - first token) / (tokens - 1), per query, cut to ns as LoadGen does",
+    "gap": "between one token and the next of a query",
+}
 STREAM = {
     "latency": "completion - issue, per query",
     "service": ENGINE.format("query"),
     "device": DEVICE,
+    "ttft": "first token - issue, per query",
+    **TOKENS,
 }
 
 SCENARIOS = {
@@ -61,6 +67,7 @@ SCENARIOS = {
                 "batch_latency": "completion - issue, per group",
                 "service": ENGINE.format("group"),
                 "device": DEVICE,
+                **TOKENS,
             },
             drained=True,
         ),
@@ -75,6 +82,8 @@ SCENARIOS = {
                 "service": ENGINE.format("query"),
                 "return": "completion - engine's end, per query",
                 "device": DEVICE,
+                "ttft": "first token - scheduled, per query",
+                **TOKENS,
             },
             percentile=0.99,
         ),

@@ -72,7 +72,8 @@ class SystemUnderTest(Protocol):
     (numerator, denominator)`` for accuracy, ``target_accuracy`` that it must reach, ``digest``
     (what the weights are, compared between ranks), ``dtype`` (what it computes in, such as "fp16",
     likewise), ``flops_per_sample`` (operations the model needs for a sample, held against what a
-    known GPU can do).
+    known GPU can do), ``most_tokens`` of a token engine (tokens of a sample at most; without it the
+    gaps between tokens are not recorded).
 
     Attributes:
         total: sample indices are 0 .. total-1.
@@ -242,21 +243,29 @@ def collector(log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now)
     cells, ended = log.cells(), log.ended
     completed, counts = cells["completed"], cells["count"]
     started_at, finished_at = cells.get("started"), cells.get("finished")
-    device_at = cells.get("device")
+    device_at, first_at = cells.get("device"), cells.get("first_token")
+    tokens_at, stamps = cells.get("tokens"), log.token_ns
 
     def collect(done_groups: Sequence[Done | First]) -> int:
         groups = 0
         for done in done_groups:
             stamp = now()
             if isinstance(done, First):
+                if first_at is not None:
+                    first_at[done.row] = done.token_ns
                 continue
-            row, count, outputs, error, started_ns, finished_ns, device_ns, _ = done
+            row, count, outputs, error, started_ns, finished_ns, device_ns, token_ns = done
             completed[row] = stamp
             if started_ns and started_at is not None and finished_at is not None:
                 started_at[row] = started_ns
                 finished_at[row] = finished_ns
             if device_ns and device_at is not None:
                 device_at[row] = device_ns
+            if token_ns and tokens_at is not None and first_at is not None:
+                tokens_at[row] = len(token_ns)
+                first_at[row] = token_ns[0]
+                if stamps is not None:
+                    stamps[row, : len(token_ns)] = token_ns
             issued = counts[row]
             if error or count != issued or len(outputs) != issued:
                 completed[row] = FAILED if issued else PENDING

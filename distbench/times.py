@@ -36,6 +36,8 @@ class RankTimes:
         groups: groups that ended well.
         last_due_ns: schedule of its last query, in a stream its issue, own clock.
         last_done_ns: completion of its last query, own clock; None where that did not complete.
+        tokens: of its completed queries; None where the model has none.
+        short: completed queries with fewer than two tokens, or without a first.
         own: its own latencies at some percentiles, ns, by the metric's name.
         series: number, largest and sum of each series, ns.
         contradicting: groups whose stamps by the engine cannot be true; no series has them.
@@ -56,6 +58,8 @@ class RankTimes:
     groups: int = 0
     last_due_ns: int | None = None
     last_done_ns: int | None = None
+    tokens: int | None = None
+    short: int = 0
     own: Mapping[str, int] = field(default_factory=dict)
     series: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     contradicting: int = 0
@@ -100,6 +104,8 @@ def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes
         groups=found["groups"],
         last_due_ns=found["last_due_ns"],
         last_done_ns=found["last_done_ns"],
+        tokens=found["tokens"],
+        short=found["short"],
         own=found["own"],
         series={name: (n, most, total) for name, (n, most, total) in found["series"].items()},
         contradicting=found["contradicting"],

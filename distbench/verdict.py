@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import Any
 
 from distbench import metrics as m
-from distbench.bounds import bounds_found
+from distbench.bounds import bounds_found, bounds_of
 from distbench.checks import facts_found
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
-from distbench.ruling import bounds_of, marginal, ruled
+from distbench.ruling import marginal, ruled
 from distbench.run import Run
 from distbench.scenarios import scenario
 from distbench.times import Makespan, RankTimes, makespan, rank_times

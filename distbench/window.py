@@ -163,6 +163,8 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
     columns = [c for c in course.columns if c not in OPTIONAL or c in warm.columns]
     log = record.make_log(world, folder, len(part.order), columns)
     log.index[:] = part.order
+    most = getattr(sut, "most_tokens", None) if "tokens" in columns else None
+    record.make_tokens(world, folder, log, most)
     before = describe_rank(
         course.scenario,
         world,
@@ -176,7 +178,11 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
         part,
     )
     shard = stay_on_ranks(settings, part.counts)
-    before |= {"window": turn.told(), "samples": "shard" if shard else "gather"}
+    before |= {
+        "most_tokens": most,
+        "window": turn.told(),
+        "samples": "shard" if shard else "gather",
+    }
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns

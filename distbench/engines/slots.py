@@ -90,6 +90,7 @@ class SlotEngine:
         now: clock for the stamps.
 
     Attributes:
+        most_tokens: of a sample.
         steps: decode steps so far.
         prefills: calls that admitted rows so far.
 
@@ -114,6 +115,7 @@ class SlotEngine:
         self.now = now
         self.total = self.resident = len(prompts)
         self.depth = decoder.slots
+        self.most_tokens = int(output_lengths.max())
         self.steps = self.prefills = 0
         self._waiting: deque[tuple[int, bytes, int]] = deque()
         self._clear()

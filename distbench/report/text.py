@@ -119,13 +119,14 @@ def _throughput(result: dict[str, Any]) -> list[str]:
 def _rates(result: dict[str, Any]) -> list[str]:
     """Return Server's rates, and a stream's estimate: what LoadGen would print."""
     lines = []
-    for name in ("scheduled", "completed"):
-        found = result["metrics"].get(f"throughput.{name}")
+    for name in ("throughput.scheduled", "throughput.completed", "throughput.tokens", "goodput"):
+        found = result["metrics"].get(name)
         if found is not None:
             known = f"unknown: {found['reason']}"
             if found["value"] is not None:
-                known = f"{rounded(found['value'], 5)} queries/s, {found['definition']}"
-            lines.append(f"  {name:<15}{known}")
+                unit = found["unit"].replace("samples", "queries")
+                known = f"{rounded(found['value'], 5)} {unit}, {found['definition']}"
+            lines += wrapped(f"  {name.removeprefix('throughput.'):<15}{known}", 17)
     headline = scenario(result["scenario"]).headline
     found = result["metrics"].get(f"{headline}.early_stopping")
     if found is not None:

@@ -39,6 +39,28 @@ def queries(n: int, gap_ns: int = MS, **parts: Any) -> dict[str, Ints]:
     return at
 
 
+def tokens(at: dict[str, Ints], counts: Ints, first_ns: Ints | int, most: int = 16) -> Ints:
+    """Make queries those of a token model; adds columns to ``at`` and returns the stamps.
+
+    Args:
+        at: from ``queries``.
+        counts: tokens of each.
+        first_ns: from the schedule to the first token.
+        most: tokens of a query at most.
+
+    Returns:
+        Shape (n, most), int64, from the agreed instant: the last token is out when the engine ends,
+        the others are evenly spread from the first one on.
+    """
+    n = len(counts)
+    at["tokens"], at["first_token"] = counts, at["scheduled"] + first_ns
+    stamps = np.zeros((n, most), np.int64)
+    for row in range(n):
+        made = np.linspace(at["first_token"][row], at["finished"][row], counts[row])
+        stamps[row, : counts[row]] = made.astype(np.int64)
+    return stamps
+
+
 def served(ranks: Sequence[Mapping[str, Ints]], scenario: str = "server", **load: Any) -> Change:
     """Return the change that makes a synthetic run one of these queries, a rank each.
 
@@ -59,15 +81,22 @@ def _serve(
     rank: Rank, at: Mapping[str, Ints], scenario: str, load: Mapping[str, Any], queries: int
 ) -> None:
     n = len(at["scheduled"])
-    columns = COLUMNS if scenario == "server" else tuple(c for c in COLUMNS if c != "ready")
-    log = SampleLog.in_memory(n, [c for c in columns if c != "device"])
+    columns: tuple[str, ...] = (
+        COLUMNS if scenario == "server" else tuple(c for c in COLUMNS if c != "ready")
+    )
+    without = {"device"} | ({"tokens", "first_token"} - set(at))
+    log = SampleLog.in_memory(n, [c for c in columns if c not in without])
     assert rank.after is not None
     instant = rank.after["plan"]["local_ns"]
     for name in log.columns:
-        if name in at and name != "count":
+        if name in at and name not in ("count", "tokens"):
             getattr(log, name)[:] = at[name] + instant
     log.index[:] = np.arange(n) % 1024
     log.count[:] = at.get("count", np.ones(n, np.int64))
+    if "tokens" in at:
+        log.tokens[:] = at["tokens"]
+    if "stamps" in at:
+        log.token_ns = np.where(at["stamps"] > 0, at["stamps"] + instant, 0)
     rank.log = log
     rank.before |= {
         "scenario": scenario,

@@ -224,6 +224,7 @@ def in_memory(**shape: Any) -> Run:
             each.after,
             each.log.rows[: each.after["used"]] if each.after else each.log.rows,
             "" if each.after else "after.json cannot be read",
+            token_ns=each.log.token_ns,
         )
         for rank, each in enumerate(ranks)
     ]
@@ -245,6 +246,12 @@ def make_run(folder: Path, *, report: bool = True, **shape: Any) -> Path:
         stored = SampleLog.create(own / "samples.npy", each.log.capacity, each.log.columns)
         stored.rows[:] = each.log.rows
         stored.flush(0, stored.capacity)
+        if each.log.token_ns is not None:
+            most = each.log.token_ns.shape[1]
+            stored.record_tokens(own / "tokens.npy", most)
+            assert stored.token_ns is not None
+            stored.token_ns[:] = each.log.token_ns
+            edit_json(own / "rank.json", lambda before, n=most: before.update(most_tokens=n))
         if each.after is not None:
             files.write_json(own / "after.json", each.after)
             write_done(own)
