@@ -19,6 +19,10 @@ as little as can be.
    that what happens once a run falls out.
 2. The digits network through the same engine. Here the model is nearly all of the time, and the
    interval of the median ratio says which difference could be seen at all.
+3. Server over a system that does nothing, both by LoadGen's own Poisson schedule: the latencies
+   from the schedule to the completion, and distbench's lateness. LoadGen sleeps until a query is
+   due; distbench sleeps and then spins, which takes a processor. The project allows a p50 of 25 us
+   and a lateness of 10 us. LoadGen answers in its issue callback.
 
 Tracing is off in LoadGen, and Python's cycle collector is off on both sides.
 """
@@ -26,6 +30,7 @@ Tracing is off in LoadGen, and Python's cycle collector is off on both sides.
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -48,6 +53,7 @@ from distbench.sut import FOREVER, Echo, SystemUnderTest, collector
 
 CPU_LIMIT = 1 / 3
 PERCENTILES = (0.5, 0.9, 0.95, 0.97, 0.99, 0.999)
+SERVER_S = 2.0
 WHOLE = (20_000, 120_000)
 """Samples of the two whole runs whose difference is taken."""
 
@@ -69,13 +75,21 @@ def under_loadgen(
     """Let LoadGen take one Offline test; ``answer`` completes all samples that it is handed."""
     import mlperf_loadgen as lg
 
-    def nothing(_indices: Sequence[int]) -> None:
-        """All samples are resident."""
-
     settings = lg.TestSettings()
     settings.scenario, settings.mode = lg.TestScenario.Offline, lg.TestMode.PerformanceOnly
     settings.min_duration_ms, settings.offline_expected_qps = 0, 1
     settings.min_query_count = samples
+    take_test(lg, settings, answer, total, folder)
+
+
+def take_test(
+    lg: Any, settings: Any, answer: Callable[[Sequence[Any]], None], total: int, folder: Path
+) -> None:
+    """Run one test of LoadGen; ends the benchmark where its log tells of errors."""
+
+    def nothing(_indices: Sequence[int]) -> None:
+        """All samples are resident."""
+
     log = lg.LogSettings()
     log.enable_trace, log.log_output.outdir = False, str(folder)
     driven = lg.ConstructSUT(answer, lambda: None)
@@ -226,12 +240,72 @@ def digits(report: Report, rounds: int, folder: Path) -> None:
     report.table("2. digits: processor time a sample", rows)
 
 
+def server(report: Report, rounds: int, qps: float, folder: Path) -> None:
+    """Compare the latencies of a Server window of a system that answers at once."""
+    from distbench.load import Load
+    from distbench.server import run_server
+    from distbench.world import join
+
+    said: dict[str, list[float]] = {name: [] for name in ("p50", "p99", "lateness")}
+    theirs: dict[str, list[float]] = {name: [] for name in ("p50", "p99")}
+    with join(device="cpu", backend="gloo") as world:
+        for number in range(rounds):
+            run = run_server(
+                Echo(),
+                world,
+                load=Load(qps),
+                duration_s=SERVER_S,
+                warmup_s=0,
+                seed=number,
+                output_dir=str(folder),
+            )
+            found = run.result()["metrics"]
+            for name, metric in (
+                ("p50", "latency.p50"),
+                ("p99", "latency.p99"),
+                ("lateness", "lateness.p50"),
+            ):
+                said[name].append(found[metric]["value"] * 1e6)
+            told = loadgen_server(qps, number, folder)
+            for name, values in theirs.items():
+                values.append(told[name])
+    report.table(
+        f"3. Server, nothing to do, {qps:,.0f} queries/s for {SERVER_S:g} s",
+        [
+            Row("distbench: latency p50", said["p50"], "us", 25),
+            Row("  lateness p50", said["lateness"], "us", 10),
+            Row("  latency p99", said["p99"], "us"),
+            Row("LoadGen: latency p50", theirs["p50"], "us"),
+            Row("  latency p99", theirs["p99"], "us"),
+            Row("ratio of p50, distbench / LoadGen", ratios(said["p50"], theirs["p50"])),
+        ],
+    )
+
+
+def loadgen_server(qps: float, seed: int, folder: Path) -> dict[str, float]:
+    """Let LoadGen take one Server test; returns its percentiles in us."""
+    import mlperf_loadgen as lg
+
+    settings = lg.TestSettings()
+    settings.scenario, settings.mode = lg.TestScenario.Server, lg.TestMode.PerformanceOnly
+    settings.server_target_qps, settings.server_target_latency_ns = qps, 10**9
+    settings.min_duration_ms, settings.min_query_count = round(1e3 * SERVER_S), 1
+    settings.schedule_rng_seed = seed
+    take_test(lg, settings, in_groups(0), 1024, folder)
+    text = (folder / "mlperf_log_summary.txt").read_text()
+    found = {
+        name: re.search(rf"^{label}0? percentile latency \(ns\)\s*: (\d+)", text, re.M)
+        for name, label in (("p50", r"50\.0"), ("p99", r"99\.0"))
+    }
+    return {name: int(match[1]) / 1e3 for name, match in found.items() if match}
+
+
 def interval(values: Sequence[float]) -> str:
     """Say in which interval the median lies: order statistics of independent rounds."""
     ranks = order_ranks(len(values), 0.5, 0.95)
     if ranks is None:
         return "too few rounds for an interval"
-    low, high = (sorted(values)[rank - 1] for rank in ranks)
+    low, high = (sorted(values)[rank] for rank in ranks)
     word = "no difference can be seen" if low <= 1 <= high else "a difference"
     return f"95 % {low:.3f} to {high:.3f}: {word}"
 
@@ -241,6 +315,7 @@ def main() -> None:
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=15, help="of each case (15)")
     made.add_argument("--samples", type=int, default=100_000, help="of a test that does nothing")
+    made.add_argument("--qps", type=float, default=2_000, help="of the Server test (2000)")
     made.add_argument("--folder", default=".", help="where logs are made (.)")
     options = made.parse_args()
     try:
@@ -253,6 +328,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix=".versus-", dir=options.folder) as folder:
         nothing_to_do(report, options.rounds, options.samples, Path(folder))
         digits(report, options.rounds, Path(folder))
+        server(report, max(2, options.rounds // 3), options.qps, Path(folder))
     report.end(options.json)
 
 
