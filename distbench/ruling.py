@@ -7,7 +7,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from distbench.bounds import bounds_of
+from distbench.bounds import Bound, bounds_of
 from distbench.findings import Finding
 from distbench.gates import WORDING, Bounded, Gate, offline_gates, server_gates, stream_gates
 from distbench.pool import Pool, series
@@ -89,17 +89,37 @@ def _over(record: RankRecord, name: str, limit_ns: int) -> int:
 
 def round_limits(rules: Rules, before: Mapping[str, Any]) -> Limits:
     """Return a round's limits for a run: of its model, or of a model that the round lacks."""
+    model = before["model"]
+    return limits_for(rules, before["scenario"], model["name"], model["total"], bounds_of(before))
+
+
+def limits_for(
+    rules: Rules, scenario: str, model: str, total: int, bounds: Sequence[Bound]
+) -> Limits:
+    """Return a round's limits before a run.
+
+    Args:
+        rules: of a round.
+        scenario: its name.
+        model: NAME[,key=value...]; the round may know NAME.
+        total: samples of the model.
+        bounds: the user's own; that on latency.p99 is Server's limit of a model that the round does
+            not know.
+
+    Raises:
+        UsageError: the round has no such variant, or no limit for this model.
+    """
     assert rules.round is not None
-    name = before["model"]["name"].partition(",")[0]
-    known = name if name in [model.name for model in rules.round.models] else ""
-    asked = [each for each in bounds_of(before) if each.metric == "latency.p99"]
+    name = model.partition(",")[0]
+    known = name if name in [each.name for each in rules.round.models] else ""
+    asked = [each.limit_ns for each in bounds if each.metric == "latency.p99"]
     return limits(
         rules,
-        before["scenario"],
+        scenario,
         known,
-        dataset_size=before["model"]["total"],
         interactive=rules.interactive,
-        latency_ns=asked[0].limit_ns if asked else None,
+        dataset_size=total,
+        latency_ns=asked[0] if asked else None,
     )
 
 

@@ -32,6 +32,8 @@ from distbench.prepare import (
     stay_on_ranks,
     warm_up,
 )
+from distbench.rules import parse_rules
+from distbench.ruling import limits_for
 from distbench.samples import fail_rest
 from distbench.scenarios import scenario
 from distbench.settings import Settings
@@ -131,6 +133,7 @@ def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: fl
 def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> _Prepared:
     """Agree on the run, measure harness and clocks, warm up, fix every rank's part."""
     agree_on_run(world, sut, settings)
+    world.check("rules", _unjudged(course, sut, settings))
     size, rank = world.world_size, world.rank
     if settings.num_samples is not None or settings.load is not None:
         course.part(rank, sut, settings, [1.0] * size)  # too few is told before the warm-up
@@ -142,6 +145,18 @@ def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settin
     part = course.part(rank, sut, settings, rates)
     _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
     return _Prepared(course, sut, settings, warm, cost, rates, part)
+
+
+def _unjudged(course: Course, sut: SystemUnderTest, settings: Settings) -> UsageError | None:
+    """Return why the rules cannot judge this run, before anything is measured; None if they can."""
+    rules = parse_rules(settings.rules)
+    bounds = settings.load.bounds if settings.load is not None else ()
+    try:
+        if rules.round is not None:
+            limits_for(rules, course.scenario, settings.model_name, sut.total, bounds)
+    except UsageError as error:
+        return error
+    return None
 
 
 def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:

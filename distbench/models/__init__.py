@@ -145,8 +145,8 @@ def _is_factory(spec: str) -> bool:
 def _tinylm(world: World, batch_size: int, values: dict[str, Any]) -> SystemUnderTest:
     if batch_size != 1:
         raise UsageError(
-            f"model tinylm takes one sample a group, not {batch_size}: give --batch-size 1; how "
-            "many texts it writes together is its slots=..."
+            f"model tinylm takes one sample a group, not {batch_size}: give --batch-size 1, "
+            "or --max-batch 1 in Server; how many texts it writes together is its slots=..."
         )
     from distbench.models.tinylm import build  # noqa: PLC0415
 

@@ -201,6 +201,22 @@ def test_a_replica_without_a_query_is_refused_and_nothing_is_left(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def _unjudged(out: str) -> str:
+    from distbench.errors import UsageError
+
+    try:
+        _run(out, lambda _rank: Echo(), rules="mlperf-v5.0")
+    except UsageError as error:
+        return str(error)
+    return "went on"
+
+
+def test_rules_without_a_limit_for_the_model_are_refused_before_the_run(tmp_path: Path) -> None:
+    for said in run_ranks(_unjudged, 2, str(tmp_path)):
+        assert "no Server limit for" in said and "--latency-bound" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 # Streams
 
 
