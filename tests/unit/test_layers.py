@@ -85,6 +85,12 @@ def test_every_module_has_a_layer_and_only_modules_have() -> None:
     assert len(SOURCES) > 25
 
 
+def test_the_coverage_of_layer_0_is_that_of_all_its_modules() -> None:
+    script = (PACKAGE.parent / ".ci" / "run").read_text()
+    (listed,) = re.findall(r'^layer0="(.*)"$', script, re.M)
+    assert sorted(listed.split()) == sorted(LAYERS[0].split())
+
+
 @sources
 def test_a_module_imports_from_its_own_layer_or_lower_ones(path: Path) -> None:
     top = name_of(path).split(".")[0]

@@ -139,6 +139,41 @@ def heart(count, limit_s, halted=0):
     return struct.pack("<qdq", count, limit_s, halted)
 
 
+# Giving a window up
+
+
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_a_window_that_one_loop_gives_up_is_given_up_by_all(ranks, first):
+    sides = ranks.star(3)
+    halts = [side.open_window() for side in sides]
+    assert halts == [[False]] * 3
+    halts[first][0] = True
+    until(lambda: halts == [[True]] * 3)
+    # The next window begins afresh, and heartbeats of the one before do not reach it.
+    halts = [side.open_window() for side in sides]
+    assert halts == [[False]] * 3
+
+
+def test_news_of_another_window_changes_nothing(ranks):
+    side, peer = ranks.with_a_bare_peer()
+    side.open_window()
+    halt = side.open_window()
+    for number in (1, 3, 0):
+        peer.send(wire.HEART, heart(1, IDLE, number))
+    peer.send(wire.HEART, heart(99, IDLE))
+    until(lambda: side._counts.get(1, (0,))[0] == 99)
+    assert halt == [False]
+    peer.send(wire.HEART, heart(99, IDLE, 2))
+    until(lambda: halt == [True])
+
+
+def test_no_news_comes_before_the_first_window(ranks):
+    side, peer = ranks.with_a_bare_peer()
+    peer.send(wire.HEART, heart(5, IDLE, 0))
+    until(lambda: side._counts.get(1, (0,))[0] == 5)
+    assert side.halt == [False]
+
+
 # Meeting
 
 
