@@ -30,6 +30,7 @@ from distbench.compare import (
     as_percent,
     check_launches,
     compare,
+    headline_of,
     load_result,
     to_text,
 )
@@ -112,7 +113,7 @@ def record(path: Path, results: Sequence[dict[str, Any]], notes: dict[str, str])
         UsageError: the launches are not alike, not VALID or not several different ones, or the
             disk refuses.
     """
-    check_launches(results, "throughput")
+    check_launches(results, headline_of(results))
     check_side(results, [conditions(result) for result in results], "baseline")
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     stored = {
@@ -166,7 +167,7 @@ def check(
     results: Sequence[dict[str, Any]],
     notes: dict[str, str],
     *,
-    metric: str = "throughput",
+    metric: str = "",
     threshold: float = 0.01,
 ) -> tuple[Comparison, tuple[Difference, ...]]:
     """Compare new launches with a baseline.
@@ -175,7 +176,7 @@ def check(
         stored: from ``read``.
         results: the new launches.
         notes: as ``record``'s, as they are now.
-        metric: what to compare.
+        metric: what to compare; "" is what their scenario judges.
         threshold: a change up to this is none, as a fraction.
 
     Returns:
@@ -186,6 +187,7 @@ def check(
         UsageError: as ``compare``; or the new launches ran something else than the baseline's.
     """
     base, new = stored["launches"], [excerpt(result) for result in results]
+    metric = metric or headline_of(new)
     check_launches([*base, *new], metric)
     changed = differences(conditions(base[0]), conditions(new[0]))
     unlike = [d for d in changed if not d.of_hosts]
@@ -331,9 +333,8 @@ def read_notes(text: str) -> dict[str, str]:
 
 OPTIONS = (
     Option("folder", "baselines", Path, "where baselines are kept", "DIR"),
-    Option("metric", "throughput", str, "what to compare, a name in metrics", "NAME"),
-    # A percent sign in a default would be a format to argparse.
-    Option("threshold", None, percent, "a change up to this is none (default: 1%%)", "PERCENT"),
+    Option("metric", None, str, "a name in metrics (default: what the scenario judges)", "NAME"),
+    Option("threshold", "1%", percent, "a change up to this is none", "PERCENT"),
     Option("note", "", read_notes, "what no process sees", "NAME=VALUE[,...]"),
     Option("replace", None, None, "let record replace a baseline of this name"),
 )
@@ -346,7 +347,7 @@ def main(argv: Sequence[str]) -> int:
     words = lists[0]
     if len(lists) > 1 or len(words) < 3 or words[0] not in ("record", "check"):
         raise UsageError("give record or check, the baseline's name and result directories")
-    name, folders, metric = words[1], words[2:], given["metric"]
+    name, folders, metric = words[1], words[2:], given["metric"] or ""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
         raise UsageError(f"{name!r} is no name for a file: use letters, digits, - _ and .")
     path = given["folder"] / f"{name}.json"
@@ -354,14 +355,16 @@ def main(argv: Sequence[str]) -> int:
         if path.exists() and not given["replace"]:
             raise UsageError(f"{path} exists: give another name, or --replace")
         results = [load_result(folder) for folder in folders]
+        metric = metric or headline_of(results)
         check_launches(results, metric)
         record(path, results, given["note"])
         sys.stdout.write(record_text(name, results, metric) + f"stored  {path}\n")
         return EXIT_OK
     stored = read(path)
     results = [load_result(folder) for folder in folders]
-    more = {"threshold": given["threshold"]} if given["threshold"] else {}
-    found, besides = check(stored, results, given["note"], metric=metric, **more)
+    found, besides = check(
+        stored, results, given["note"], metric=metric, threshold=given["threshold"]
+    )
     sys.stdout.write(check_text(name, stored, results, found, besides))
     return EXIT_REGRESSION if found.regression else EXIT_OK
 

@@ -197,12 +197,12 @@ def parse(module: str, purpose: str, options: Sequence[Option], argv: Sequence[s
     )
     for option in options:
         if option.read is None:
-            parser.add_argument(f"--{option.name}", action="store_true", help=option.help)
+            text = option.help.replace("%", "%%")  # which argparse would take for its own
+            parser.add_argument(f"--{option.name}", action="store_true", help=text)
         else:
             shown = f" (default: {option.default})" if option.default else ""
-            parser.add_argument(
-                f"--{option.name}", metavar=option.metavar, help=option.help + shown
-            )
+            text = (option.help + shown).replace("%", "%%")
+            parser.add_argument(f"--{option.name}", metavar=option.metavar, help=text)
     given = vars(parser.parse_args([_dashed(word) for word in argv]))
     values: dict[str, Any] = {}
     texts: dict[str, str | None] = {}

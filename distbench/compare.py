@@ -45,6 +45,7 @@ from distbench.launches import (
     variance,
     welch,
 )
+from distbench.scenarios import scenario
 from distbench.windows import load_run
 
 
@@ -96,7 +97,7 @@ def compare(
     base: Sequence[dict[str, Any]],
     new: Sequence[dict[str, Any]],
     *,
-    metric: str = "throughput",
+    metric: str = "",
     threshold: float = 0.01,
     across: Sequence[str] = (),
 ) -> Comparison:
@@ -105,7 +106,7 @@ def compare(
     Args:
         base: results, as in result.json, a launch each.
         new: of the other side.
-        metric: a name in their ``metrics``.
+        metric: a name in their ``metrics``; "" is what their scenario judges.
         threshold: a change up to this counts as none, as a fraction.
         across: conditions that may differ between the sides, being what is tested.
 
@@ -116,6 +117,7 @@ def compare(
     if not base or not new:
         raise UsageError("a side has no launch: give at least 2, better 5, on each")
     both = [*base, *new]
+    metric = metric or headline_of(both)
     check_launches(both, metric)
     described = [conditions(result) for result in both]
     known = known_names(described)
@@ -139,6 +141,11 @@ def compare(
     notes = (*(f"{word} is under test, and the same on both sides" for word in same),)
     notes += _notes(base, new, described)
     return judged(metric, unit, left, right, threshold, tuple(tested), notes)
+
+
+def headline_of(results: Sequence[dict[str, Any]]) -> str:
+    """Return the metric that the scenario of the first result judges."""
+    return scenario(results[0]["scenario"]).headline
 
 
 def judged(
@@ -347,9 +354,8 @@ def load_result(folder: str) -> dict[str, Any]:
 
 
 OPTIONS = (
-    Option("metric", "throughput", str, "what to compare, a name in metrics", "NAME"),
-    # A percent sign in a default would be a format to argparse.
-    Option("threshold", None, percent, "a change up to this is none (default: 1%%)", "PERCENT"),
+    Option("metric", None, str, "a name in metrics (default: what the scenario judges)", "NAME"),
+    Option("threshold", "1%", percent, "a change up to this is none", "PERCENT"),
     Option("across", "", read_words, "conditions under test, which may differ", "NAME[,NAME]"),
 )
 

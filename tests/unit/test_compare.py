@@ -728,7 +728,7 @@ def test_words_that_belong_to_no_option():
     assert lists == [["a", "b"], ["c"]]
     assert positionals(["--metric"], OPTIONS) == (["--metric"], [[]])
     parsed = parse("x", "", OPTIONS, ["--metric", "x"]).values
-    assert parsed == {"metric": "x", "threshold": None, "across": ()}
+    assert parsed == {"metric": "x", "threshold": 0.01, "across": ()}
 
 
 def test_the_results_of_this_test_are_what_distbench_writes(runs):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from distbench.bounds import parse_bounds
+from distbench.compare import compare
 from distbench.early_stopping import over_allowed
 from distbench.errors import UsageError
 from distbench.gates import Gate
@@ -363,3 +364,18 @@ def test_a_multistream_querys_latency_is_that_of_its_group() -> None:
     judged = judge_multi_stream(at["issued"][first], np.repeat(took[:, None], 8, 1), held)
     assert got["metrics"]["latency.p99.early_stopping"]["value"] == judged.value
     assert got["window"]["samples"] == n
+
+
+def launch(seed: int, slower: float = 1.0) -> dict[str, Any]:
+    took = (spread(4_000, seed) * slower).astype(np.int64)
+    found_ = in_memory(ranks=1, change=served([queries(4_000, served=took)])).result()
+    return {**found_, "run_id": f"run-{seed}-{slower}"}
+
+
+def test_launches_are_compared_by_what_their_scenario_judges() -> None:
+    base = [launch(seed) for seed in range(5)]
+    new = [launch(seed, 1.2) for seed in range(5, 10)]
+    told = compare(base, new)
+    assert (told.metric, told.unit, told.lower_is_better) == ("latency.p99", "s", True)
+    assert (told.verdict, told.regression) == ("slower", True)
+    assert told.ratio == pytest.approx(1.2, rel=0.01)
