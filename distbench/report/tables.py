@@ -63,6 +63,11 @@ def ranks_csv(result: dict[str, Any]) -> str:
     return _csv(names, [[row.get(name) for name in names] for row in rows])
 
 
+def _column(name: str) -> str:
+    """Return the column of a rank's metric, its unit in the name."""
+    return f"{name}_s" if name.startswith("latency.") else UNITS.get(name, name)
+
+
 def _rank_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Return every rank's figures by column: its share, its own metrics, its clock and start."""
     clocks = {row["rank"]: row for row in result["clock"]["ranks"]}
@@ -75,7 +80,7 @@ def _rank_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 **{name: row[name] for name in RANK_FIELDS},
-                **{UNITS.get(name, name): value for name, value in row["metrics"].items()},
+                **{_column(name): value for name, value in row["metrics"].items()},
                 "start_late_s": late_s,
                 **{f"clock_{n}": clock.get(n) for n in ("offset_s", "bound_s", "drift_ppm")},
             }
