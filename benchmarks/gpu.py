@@ -44,7 +44,7 @@ from distbench.models.digits_net import build_net, read_data
 from distbench.nvml import nvml_snapshot
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of
-from distbench.samples import SampleLog
+from distbench.samples import PENDING, SampleLog
 from distbench.start import quiet
 from distbench.sut import FOREVER, Indices, collector
 
@@ -180,6 +180,7 @@ class Case:
         errors: list[str] = []
         groups = groups_of(self.order, self.batch)
         begin = now_ns()
+        self.log.completed[:] = PENDING
         offline_loop(self.sut, self.log, groups, collector(self.log, {}, errors, now_ns), now_ns)
         took = now_ns() - begin
         if errors:

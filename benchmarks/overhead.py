@@ -32,7 +32,7 @@ from common import Report, Row, interleave, parser, ratios
 from distbench.clock import now_ns
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, groups_of, measure_harness
-from distbench.samples import SampleLog
+from distbench.samples import PENDING, SampleLog
 from distbench.start import quiet
 from distbench.sut import FOREVER, Done, Indices, SystemUnderTest, collector
 
@@ -99,7 +99,7 @@ def loop(
     """
     rows = groups * BATCH
     order = np.arange(rows)
-    places = dict.fromkeys(kept)
+    places = list(kept)
     parts = [
         SampleLog(log.rows[first : first + rows], log.columns)
         for first in range(0, log.capacity, rows)
@@ -108,7 +108,8 @@ def loop(
 
     def block() -> None:
         part = next(turn)
-        collect = collector(part, places, [], now_ns)
+        part.completed[::BATCH] = PENDING
+        collect = collector(part, {}, [], now_ns, places)
         offline_loop(sut, part, groups_of(order, BATCH), collect, now_ns)
 
     return block
@@ -197,6 +198,7 @@ def layers(report: Report, rounds: int) -> None:
                 sut.poll(FOREVER)
 
         def ours(sut: Any = sut, log: SampleLog = log, order: Any = order) -> None:
+            log.completed[::BATCH] = PENDING
             collect = collector(log, {}, [], now_ns)
             offline_loop(sut, log, groups_of(order, BATCH), collect, now_ns)
 

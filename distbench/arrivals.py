@@ -165,6 +165,11 @@ def trace_ns(path: Path) -> Offsets:
         at_ns = int(whole) if whole else int(decimal.Decimal(seconds).scaleb(9))
         if at_ns > _LAST_NS:
             raise UsageError(f"{path}, line {number}: {text!r} is above {_LAST_NS} ns: give less")
+        if at_ns > LONGEST_S * NS:
+            raise UsageError(
+                f"{path}, line {number}: {text!r} is more than {LONGEST_S:.0e} s after the start: "
+                "write offsets from the start of the window, not times of day"
+            )
         if times and at_ns < times[-1]:
             raise UsageError(
                 f"{path}, line {number}: {text!r} is earlier than the line before it, {times[-1]} "

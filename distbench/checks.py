@@ -110,10 +110,28 @@ def _losses(run: Run) -> list[Finding]:
     return found
 
 
+def _raised(record: RankRecord) -> list[Finding]:
+    """Return the finding that a window ended by an exception, whatever had completed by then."""
+    after = record.after or {}
+    if not after.get("raised"):
+        return []
+    errors = after.get("errors") or ["no message was kept"]
+    return [
+        _fact(
+            record,
+            "model-raised",
+            f"rank {record.rank} ({record.host}) ended its window by an exception: {errors[0]}",
+            1,
+            "mend the model; what completed before is here",
+        )
+    ]
+
+
 def _outputs(record: RankRecord, t: RankTimes) -> list[Finding]:
     who = f"rank {t.rank} ({record.host})"
     after = record.after or {}
     found = []
+    found += _raised(record)
     if t.failed:
         errors = after.get("errors") or ["no message was kept"]
         found.append(
@@ -175,8 +193,8 @@ def _stamps(record: RankRecord, t: RankTimes) -> list[Finding]:
             record,
             "stamps-contradict",
             f"rank {t.rank} ({record.host}): the engine's stamps of {t.contradicting} of "
-            f"{t.groups} groups contradict: not issued <= started <= finished <= completed; they "
-            "are left out of service",
+            f"{t.groups} groups contradict: not issued <= started <= finished <= completed, or the "
+            "same of its tokens; they are left out of the figures",
             t.contradicting,
             "let the engine stamp started and finished, in this order, with distbench.clock.now_ns",
         )

@@ -7,6 +7,7 @@ Poisson processes; taking turns would not. No message is needed in the window.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +25,9 @@ from distbench.rules import Rules
 
 DISPATCHES = ("static", "central")
 BACKLOG_S = 2.0
-"""So many seconds of arrivals may wait unissued, or four times the largest bound; then a window is
-given up: a queue that long does not shrink at a rate that may be offered for good."""
+"""So many seconds of arrivals may be outstanding, or four times the largest bound or the longest
+group of the warm-up; then a window is given up: a queue that long does not shrink at a rate that
+may be offered for good."""
 BACKLOG_LEAST = 64
 
 
@@ -130,7 +132,8 @@ def schedule(
         UsageError: the rate, the duration or the trace cannot be used, or a replica gets nothing.
     """
     round_ = rules.round
-    seeds = round_.seeds if round_ else Seeds(seed, seed, seed)
+    # Streams of their own: the same one twice would tie what comes to when it comes.
+    seeds = round_.seeds if round_ else Seeds(seed + 2, seed + 1, seed)
     variant, subset = (round_.variant, round_.subset) if round_ else (LEMIRE, WHOLE)
     known = [each for each in round_.models if each.name == model] if round_ else []
     equal_issue = bool(known and known[0].equal_issue)
@@ -151,7 +154,10 @@ def schedule(
         "subset": subset,
         "equal_issue": equal_issue,
     }
-    return Schedule(due, index, _assigned(seed, replicas, len(due)), made)
+    replica = _assigned(seed, replicas, len(due))
+    drawn = b"".join(each.astype("<i8").tobytes() for each in (due, index, replica))
+    made["digest"] = f"sha256:{hashlib.sha256(drawn).hexdigest()}"
+    return Schedule(due, index, replica, made)
 
 
 def _assigned(seed: int, replicas: int, queries: int) -> NDArray[np.int64]:
@@ -172,6 +178,23 @@ def _assigned(seed: int, replicas: int, queries: int) -> NDArray[np.int64]:
     return drawn
 
 
+def check_trace(load: Load, num_queries: int | None) -> None:
+    """Refuse to cut or stretch a trace; all ranks see the same.
+
+    Raises:
+        UsageError: more queries are asked for than it has.
+    """
+    if num_queries is None or not load.arrival.startswith("trace:"):
+        return
+    there = len(trace_ns(Path(load.arrival.partition(":")[2])))
+    if num_queries > there:
+        error = UsageError(
+            f"the trace has {there} queries, and --num-samples asks for {num_queries}: give fewer"
+        )
+        error.agreed = True
+        raise error
+
+
 def _due(load: Load, duration_ns: int, least: int, seed: int, multiple: int) -> Offsets:
     if load.arrival.startswith("trace:"):
         return trace_ns(Path(load.arrival.partition(":")[2]))
@@ -180,13 +203,15 @@ def _due(load: Load, duration_ns: int, least: int, seed: int, multiple: int) -> 
     return poisson_ns(load.target_qps, duration_ns, least, seed, multiple)
 
 
-def backlog_limit(load: Load, replicas: int) -> int:
-    """Return how many queries of one replica may be due and not issued before a window is given up.
+def backlog_limit(load: Load, replicas: int, slowest_ns: int = 0) -> int:
+    """Return how many queries of one replica may be due and not done before a window is given up.
 
     Args:
         load: what is offered.
         replicas: among which it is divided.
+        slowest_ns: the longest group of the warm-up.
     """
-    seconds = max([BACKLOG_S, *(4 * bound.limit_ns / 1e9 for bound in load.bounds)])
+    longest_ns = [slowest_ns, *(bound.limit_ns for bound in load.bounds)]
+    seconds = max(BACKLOG_S, 4 * max(longest_ns) / 1e9)
     share = math.ceil(load.target_qps / replicas * seconds)
     return max(BACKLOG_LEAST, 2 * load.max_batch, share)

@@ -72,7 +72,7 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
         ci_reason=ONE_WINDOW,
     )
     if kind.open_loop:
-        out |= _arrivals(times, lost)
+        out |= _arrivals(run, times, lost)
     else:
         out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
     out |= _tokens(pool, times, seconds, lost)
@@ -103,6 +103,9 @@ def _tokens(
     bounds = bounds_of(pool.run.first.before)
     if bounds:
         good = sum(pool.gather(partial(within, bounds=bounds)))
+        absent = [b.series for b in bounds if not sum(t.series[b.series][0] for t in times)]
+        lost = lost or (f"no query has a {absent[0]}" if absent else "")
+        known = known and not lost
         shown = ", ".join(f"{each.series} {each.limit_ns / NS:.6g} s" for each in bounds)
         out["goodput"] = metric(
             good / seconds if known and seconds else None,
@@ -115,12 +118,14 @@ def _tokens(
     return out
 
 
-def _arrivals(times: list[RankTimes], lost: str) -> dict[str, dict[str, Any]]:
+def _arrivals(run: Run, times: list[RankTimes], lost: str) -> dict[str, dict[str, Any]]:
     """Return Server's rates by schedule and by completion, as LoadGen has them.
 
     Both leave out the first query, which is due at the start.
     """
     queries = sum(t.ok + t.failed + t.pending for t in times)
+    if any((record.after or {}).get("halted") for record in run.present):
+        lost = lost or "the window was given up"
     last = max(times, key=since_start_ns)
     done_ns = None
     if last.last_done_ns is not None and last.scheduled_ns is not None:

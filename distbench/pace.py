@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distbench import metrics as m
+from distbench.bounds import bounds_of
 from distbench.findings import EFFECT_INVALID, Finding, graded
 from distbench.metrics import harness
 from distbench.pool import Pool
@@ -39,9 +40,9 @@ def pace_found(
     run, kind = pool.run, scenario(pool.run.scenario)
     found: list[Finding] = []
     if kind.open_loop:
-        found += _overloaded(run, times) + _lateness(pool, times, kind)
+        found += _overloaded(run, times) + _lateness(pool, times)
     if kind.headline != "throughput":
-        found += _cost_of_latency(run, kind.headline, figures)
+        found += _cost_of_latency(run, figures)
     if not span.value_ns:
         return found
     found += _start_late(run, times, span.value_ns)
@@ -70,7 +71,7 @@ def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
             "invalid",
             "overloaded",
             f"{load['target_qps']:g} queries/s were offered and {capacity_qps:.4g} completed, so "
-            f"that more than {made['backlog']} were due and not issued on one replica: the window "
+            f"that more than {made['backlog']} were due and not done on one replica: the window "
             f"was given up with {sum(t.pending for t in times):,} of {made['queries']:,} queries "
             "left",
             value=capacity_qps,
@@ -82,18 +83,26 @@ def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
 
 
 def _start_late(run: Run, times: list[RankTimes], span_ns: int) -> list[Finding]:
+    """Return the finding that loops began late, which latencies from a schedule contain.
+
+    What came due meanwhile is late by up to as much. As a share of the window that is an effect on
+    throughput; on a percentile it is one as a share of the queries beyond it.
+    """
     start = m.start_section(run, times)
     if not start["late_ranks"]:
         return []
     worst = max(x for x in start["lateness_s"] if x is not None)
-    effect = worst * m.NS / span_ns
+    effect, of = worst * m.NS / span_ns, "the window"
+    if scenario(run.scenario).open_loop:
+        beyond = 1 - max(quantile for _, _, quantile in judged_of(run))
+        effect, of = effect / beyond, f"the {beyond:.3g} of the queries that decide"
     who = ", ".join(str(r) for r in start["late_ranks"][:8])
     return [
         Finding(
             "invalid" if effect > EFFECT_INVALID else "doubtful",
             "start-late",
             f"rank {who} began up to {worst * 1e3:.3f} ms after the agreed instant "
-            f"({effect:.2%} of the window, after {start['attempts']} attempts)",
+            f"({effect:.2%} of {of}, after {start['attempts']} attempts)",
             start["late_ranks"][0],
             "",
             worst,
@@ -101,6 +110,17 @@ def _start_late(run: Run, times: list[RankTimes], span_ns: int) -> list[Finding]
             "stop other work on the host; with more ranks than cores use fewer ranks",
         )
     ]
+
+
+def judged_of(run: Run) -> list[tuple[str, str, float]]:
+    """Return the latencies that are judged: name of the metric, its series, the percentile.
+
+    Those that the user bounded, else what the scenario judges.
+    """
+    kind, bounds = scenario(run.scenario), bounds_of(run.first.before)
+    if bounds:
+        return [(each.metric, each.series, each.quantile) for each in bounds]
+    return [(kind.headline, "latency", kind.percentile)]
 
 
 def _clock_bound(span: Makespan) -> list[Finding]:
@@ -141,15 +161,13 @@ def _cost_of_time(run: Run, times: list[RankTimes], span_ns: int) -> list[Findin
     ]
 
 
-def _cost_of_latency(
-    run: Run, headline: str, figures: Mapping[str, Mapping[str, Any]]
-) -> list[Finding]:
-    """Return the finding that the harness took a part of the latency that is judged."""
-    latency_s = figures[headline]["value"] if headline in figures else None
-    if not latency_s:
-        return []
+def _cost_of_latency(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+    """Return the finding that the harness took a part of a latency that is judged."""
     cost_s = harness(run)["cost_per_batch_s"]
-    level = graded(cost_s / latency_s)
+    values = {name: figures[name]["value"] for name, _, _ in judged_of(run) if name in figures}
+    effects = {name: cost_s / value for name, value in values.items() if value}
+    name = max(effects, key=lambda name: effects[name], default="")
+    level = graded(effects.get(name, 0.0))
     if level is None:
         return []
     return [
@@ -157,42 +175,53 @@ def _cost_of_latency(
             level,
             "harness-cost",
             f"the loop over a SUT that does nothing takes {cost_s * 1e6:.2f} us for a group, "
-            f"{cost_s / latency_s:.1%} of {headline}",
-            value=cost_s / latency_s,
+            f"{effects[name]:.1%} of {name}",
+            value=effects[name],
             limit=EFFECT_INVALID,
             remedy="measure a model that does some work: this latency is partly the harness's own",
         )
     ]
 
 
-def _lateness(pool: Pool, times: list[RankTimes], kind: Scenario) -> list[Finding]:
-    """Return the finding that the judged latency would have been lower, had the harness kept time.
+IN_TIME = {"latency": "in_time", "ttft": "ttft_in_time"}
+"""Series of the same latencies, each less its own query's lateness."""
+
+
+def _lateness(pool: Pool, times: list[RankTimes]) -> list[Finding]:
+    """Return the findings that a judged latency would have been lower, had the harness kept time.
 
     Every latency counts from its schedule, so what the harness was late is in it. The judged
     percentile is taken once more of the latencies without their own lateness; later queries of a
     queue would have gained from earlier ones too, so this is the least that is the harness's.
     """
-    n = sum(t.series["latency"][0] for t in times)
-    if n == 0:
-        return []
-    place = int(n * kind.percentile)
-    (with_it,), (without,) = pool.order("latency", [place]), pool.order("in_time", [place])
-    effect = (with_it - without) / with_it if with_it else 0.0
-    level = graded(effect)
-    if level is None:
-        return []
-    return [
-        Finding(
-            level,
-            "issue-lateness",
-            f"{kind.headline} is {with_it / 1e6:.4g} ms, and {without / 1e6:.4g} ms had every "
-            f"query been issued when it was ready: {effect:.1%} of it is the harness's lateness",
-            value=effect,
-            limit=EFFECT_INVALID,
-            remedy="leave a processor free for each rank's loop, stop other work on the host, or "
-            "lower --target-qps",
+    found = []
+    for name, series, quantile in judged_of(pool.run):
+        n = sum(t.series.get(series, (0, 0, 0))[0] for t in times)
+        if n == 0 or series not in IN_TIME:
+            continue
+        place = int(n * quantile)
+        (with_it,), (without,) = (
+            pool.order(series, [place]),
+            pool.order(IN_TIME[series], [place]),
         )
-    ]
+        effect = (with_it - without) / with_it if with_it else 0.0
+        level = graded(effect)
+        if level is not None:
+            found.append(_late(level, name, with_it, without, effect))
+    return found
+
+
+def _late(level: str, name: str, with_ns: int, without_ns: int, effect: float) -> Finding:
+    return Finding(
+        level,
+        "issue-lateness",
+        f"{name} is {with_ns / 1e6:.4g} ms, and {without_ns / 1e6:.4g} ms had every query been "
+        f"issued when it was ready: {effect:.1%} of it is the harness's lateness",
+        value=effect,
+        limit=EFFECT_INVALID,
+        remedy="leave a processor free for each rank's loop, stop other work on the host, or "
+        "lower --target-qps",
+    )
 
 
 def _issue_late(run: Run, times: list[RankTimes], span: Makespan) -> list[Finding]:

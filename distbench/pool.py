@@ -101,9 +101,9 @@ def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bo
         stamps: returns a column by its name.
         started: one of them; empty where the log has none.
     """
-    if len(started) == 0:
-        return np.zeros(0, np.bool_)
     finished = stamps("finished")
+    if len(started) == 0 or len(finished) == 0:
+        return np.zeros(len(started), np.bool_)
     inside = (stamps("issued") <= started) & (finished <= stamps("completed"))
     return np.asarray(inside & (started <= finished) & (started != 0) & (finished != 0))
 
@@ -111,8 +111,31 @@ def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bo
 def _contradicting(record: RankRecord) -> int:
     """Count the ended groups whose stamps by the engine are there and cannot be true."""
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    stamped = (started != 0) & (finished != 0)
-    return int((stamped & ~_possible(record.first_rows, started)).sum())
+    untrue = 0
+    if len(started) and len(finished):
+        stamped = (started != 0) & (finished != 0)
+        untrue = int((stamped & ~_possible(record.first_rows, started)).sum())
+    good = record.column("completed") >= 0
+    if "tokens" not in record.before["columns"]:
+        return untrue
+    return untrue + int(((record.column("tokens")[good] > 0) & ~_possible_tokens(record)).sum())
+
+
+def _possible_tokens(record: RankRecord) -> NDArray[np.bool_]:
+    """Tell of every sample that completed whether its tokens have stamps that can be true.
+
+    issued <= first token <= ... <= last token <= completed.
+    """
+    good = record.column("completed") >= 0
+    first, completed = record.column("first_token")[good], record.column("completed")[good]
+    possible = (record.column("issued")[good] <= first) & (first <= completed) & (first != 0)
+    if record.token_ns is None or not good.any():
+        return np.asarray(possible)
+    stamps, tokens = record.token_ns[good], record.column("tokens")[good]
+    inside = np.arange(stamps.shape[1] - 1) < tokens[:, None] - 1
+    ordered = ((np.diff(stamps, axis=1) >= 0) | ~inside).all(axis=1)
+    last = stamps[np.arange(len(stamps)), np.clip(tokens, 1, stamps.shape[1]) - 1]
+    return np.asarray(possible & ordered & (last <= completed) & (stamps[:, 0] == first))
 
 
 def _lateness(record: RankRecord) -> Series:
@@ -133,6 +156,11 @@ def _return(record: RankRecord) -> Series:
 def _in_time(record: RankRecord) -> Series:
     """Return what the latencies would have been if the harness had issued every query at once."""
     return _latency(record) - _lateness(record)
+
+
+def _ttft_in_time(record: RankRecord) -> Series:
+    every = _of_every_query(record, "ttft")
+    return (every - _lateness(record))[every < NONE]
 
 
 def _device(record: RankRecord) -> Series:
@@ -165,26 +193,32 @@ def _of_every_query(record: RankRecord, name: str) -> Series:
         return np.full(int(good.sum()), NONE)
     begin = "issued" if _kind(record).stream else "scheduled"
     first, tokens = record.column("first_token")[good], record.column("tokens")[good]
+    possible = _possible_tokens(record)
     if name == "ttft":
-        return np.where(first > 0, first - record.column(begin)[good], NONE)
+        return np.where(possible, first - record.column(begin)[good], NONE)
     after = (record.column("completed")[good] - first) // np.maximum(tokens - 1, 1)
-    return np.where((first > 0) & (tokens > 1), after, NONE)
+    return np.where(possible & (tokens > 1), after, NONE)
 
 
 def _gap(record: RankRecord) -> Series:
     """Return the times between neighbouring tokens of all queries that completed, in order."""
     if record.token_ns is None:
         return np.zeros(0, np.int64)
-    good, tokens = record.column("completed") >= 0, record.column("tokens")
-    gaps = np.diff(record.token_ns[good], axis=1)
-    return np.asarray(gaps[np.arange(gaps.shape[1]) < tokens[good][:, None] - 1])
+    good, possible = record.column("completed") >= 0, _possible_tokens(record)
+    gaps, tokens = np.diff(record.token_ns[good], axis=1), record.column("tokens")[good]
+    between = np.arange(gaps.shape[1]) < tokens[:, None] - 1
+    return np.asarray(gaps[between & possible[:, None]])
 
 
 def within(record: RankRecord, bounds: Sequence[Bound]) -> int:
     """Count the queries that keep every bound themselves, whatever its percentile."""
-    kept = np.ones(int((record.column("completed") >= 0).sum()), np.bool_)
+    good = record.column("completed") >= 0
+    kept = np.ones(int(good.sum()), np.bool_)
     for bound in bounds:
-        kept &= _of_every_query(record, bound.series) <= bound.limit_ns
+        within_it = _of_every_query(record, bound.series) <= bound.limit_ns
+        if bound.series == "tpot" and "tokens" in record.before["columns"]:
+            within_it |= record.column("tokens")[good] == 1  # which has no time between tokens
+        kept &= within_it
     return int(kept.sum())
 
 
@@ -202,6 +236,8 @@ def _known(record: RankRecord, name: str) -> NDArray[np.bool_]:
     """Tell of every sample that completed whether it has a stamp, the engine's a possible one."""
     good = record.column("completed") >= 0
     if name in ("started", "finished"):
+        if not {"started", "finished"} <= set(record.before["columns"]):
+            return np.zeros(int(good.sum()), np.bool_)
         return _possible(lambda each: record.column(each)[good], record.column("started")[good])
     return np.asarray(record.column(name)[good] > 0)
 
@@ -226,6 +262,7 @@ _SERIES: dict[str, Callable[[RankRecord], Series]] = {
     "queue": _queue,
     "return": _return,
     "in_time": _in_time,
+    "ttft_in_time": _ttft_in_time,
     "ttft": _ttft,
     "tpot": _tpot,
     "gap": _gap,
@@ -268,15 +305,17 @@ def facts(record: RankRecord) -> dict[str, Any]:
 
 
 def _tokens(record: RankRecord) -> dict[str, int | None]:
-    """Return the tokens of completed queries, None where the model has none, and those too short.
+    """Return the tokens of completed queries, None where the model has none, and those at fault.
 
-    LoadGen logs an error for a query of fewer than two tokens, or without a first.
+    LoadGen logs an error for a query of fewer than two tokens, or without a first; a stamp that
+    cannot be true is none.
     """
     if "tokens" not in record.before["columns"]:
         return {"tokens": None, "short": 0}
     good = record.column("completed") >= 0
-    tokens, first = record.column("tokens")[good], record.column("first_token")[good]
-    return {"tokens": int(tokens.sum()), "short": int(((tokens < 2) | (first <= 0)).sum())}
+    tokens = record.column("tokens")[good]
+    short = (tokens < 2) | ~_possible_tokens(record)
+    return {"tokens": int(tokens.sum()), "short": int(short.sum())}
 
 
 def _own(latency_ns: Series, kind: Scenario) -> dict[str, int]:

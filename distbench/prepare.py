@@ -13,7 +13,7 @@ import numpy as np
 
 from distbench.clock import Now
 from distbench.errors import UsageError
-from distbench.samples import SampleLog
+from distbench.samples import PENDING, SampleLog
 from distbench.settings import SAMPLE_LIMIT, Settings
 from distbench.sut import Collect, Done, Indices, SystemUnderTest, collector
 
@@ -177,6 +177,9 @@ def warm_up(
         # As the window does it, many groups on end: the engine's whole depth is then in use.
         if (took_ns < CHUNK_NS and len(indices) < CHUNK_ROWS) or chunk < 2 * sut.depth:
             chunk *= 2
+    for pair in (("started", "finished"), ("tokens", "first_token")):
+        if not columns.issuperset(pair):  # one without the other tells nothing
+            columns.difference_update(pair)
     return Warmup(samples / max(timed_ns, 1) * 1e9, slowest, groups, tuple(sorted(columns)))
 
 
@@ -303,6 +306,7 @@ def measure_harness(
     indices = np.arange(batch_size)
     loops, clocks = [], []
     for _ in range(HARNESS_BLOCKS):
+        log.completed[:] = PENDING
         begin = now()
         groups = ((row, indices[:batch_size]) for row in range(HARNESS_BATCHES))
         loop(_Nothing(depth), log, groups, collector(log, {}, [], now), now)
@@ -363,8 +367,22 @@ def sample_order(total: int, first: int, count: int, seed: int) -> Indices:
     return once[np.arange(first, first + count) % total]
 
 
-def choose_kept(rows: int, batch_size: int, seed: int) -> dict[int, Any]:
-    """Choose up to ``KEPT_GROUPS`` groups whose outputs are kept; keys are their first rows."""
-    groups = -(-rows // batch_size)
-    chosen = np.random.default_rng(seed).permutation(groups)[:KEPT_GROUPS]
-    return dict.fromkeys(sorted((chosen * batch_size).tolist()))
+def choose_kept(rows: int, seed: int) -> list[int]:
+    """Choose up to ``KEPT_GROUPS`` places, spread over the rows, whose outputs are kept.
+
+    The group that ends at or behind a place is kept: where groups begin is not known before.
+
+    Args:
+        rows: of this rank.
+        seed: a random one in each of as many equal parts.
+
+    Returns:
+        Rows, ascending.
+    """
+    parts = min(rows, KEPT_GROUPS)
+    edges = [rows * part // parts for part in range(parts + 1)]
+    drawn = np.random.default_rng(seed).random(parts)
+    return [
+        low + int((high - low) * share)
+        for low, high, share in zip(edges[:-1], edges[1:], drawn, strict=True)
+    ]

@@ -17,6 +17,7 @@ from distbench.rounds import (
     PERCENTILES,
     ROUNDS,
     Round,
+    Tokens,
 )
 
 
@@ -95,6 +96,7 @@ def limits(
     dataset_size: int | None = None,
     latency_ns: int | None = None,
     option: str = "--latency-bound",
+    tokens: Tokens | None = None,
 ) -> Limits:
     """Return a round's limits.
 
@@ -105,6 +107,7 @@ def limits(
         interactive: Server's interactive variant.
         dataset_size: samples of a model that the round does not have.
         latency_ns: Server's limit for such a model, ns.
+        tokens: or its limits on tokens.
         option: of the command, that gives this limit.
 
     Raises:
@@ -125,10 +128,11 @@ def limits(
     common |= {"min_queries": MIN_QUERIES[scenario], "percentile": PERCENTILES[scenario]}
     if scenario != "server":
         return Limits(**common)
-    if known and interactive and not known.interactive:
-        raise UsageError(f"{rules.name} has no interactive variant of {model}")
-    tokens = known and (known.interactive if interactive else known.server_tokens)
-    if tokens:
+    if interactive and not (known and known.interactive):
+        raise UsageError(f"{rules.name} has no interactive variant of {model or 'this model'}")
+    if known:
+        tokens = known.interactive if interactive else known.server_tokens
+    if tokens and (known or latency_ns is None):
         return Limits(ttft_ns=tokens.ttft_ns, tpot_ns=tokens.tpot_ns, **common)
     limit = known.server_latency_ns if known else latency_ns
     if limit is None:

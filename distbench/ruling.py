@@ -11,6 +11,7 @@ from distbench.bounds import Bound, bounds_of
 from distbench.findings import Finding
 from distbench.gates import WORDING, Bounded, Gate, offline_gates, server_gates, stream_gates
 from distbench.pool import Pool, series
+from distbench.rounds import Tokens
 from distbench.rules import Limits, Rules, limits, parse_rules
 from distbench.run import RankRecord
 from distbench.scenarios import scenario
@@ -36,7 +37,8 @@ def ruled(
         return _section(rules, None, []), []
     limit = round_limits(rules, before)
     queries = sum(t.ok for t in times)
-    if span.value_ns is None or queries == 0:
+    halted = any((record.after or {}).get("halted") for record in pool.run.present)
+    if span.value_ns is None or queries == 0 or halted:
         return _section(rules, "INVALID", []), []
     kind = scenario(before["scenario"])
     errors = sum(t.failed + t.pending + t.short for t in times)
@@ -103,8 +105,8 @@ def limits_for(
         scenario: its name.
         model: NAME[,key=value...]; the round may know NAME.
         total: samples of the model.
-        bounds: the user's own; that on latency.p99 is Server's limit of a model that the round does
-            not know.
+        bounds: the user's own; of a model that the round does not know, those on latency.p99, or
+            on ttft.p99 and tpot.p99, are Server's limits.
 
     Raises:
         UsageError: the round has no such variant, or no limit for this model.
@@ -112,14 +114,15 @@ def limits_for(
     assert rules.round is not None
     name = model.partition(",")[0]
     known = name if name in [each.name for each in rules.round.models] else ""
-    asked = [each.limit_ns for each in bounds if each.metric == "latency.p99"]
+    own = {each.series: each.limit_ns for each in bounds if each.label == "p99"}
     return limits(
         rules,
         scenario,
         known,
         interactive=rules.interactive,
         dataset_size=total,
-        latency_ns=asked[0] if asked else None,
+        latency_ns=own.get("latency"),
+        tokens=Tokens(own["ttft"], own["tpot"]) if {"ttft", "tpot"} <= own.keys() else None,
     )
 
 

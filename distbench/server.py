@@ -23,12 +23,13 @@ from distbench.bounds import parse_bounds
 from distbench.cli import Option, Values, duration_ns, one_of, positive, positive_number
 from distbench.clock import Now
 from distbench.command import measure_joined, options_but, run_scenario, start_command
-from distbench.load import Load, backlog_limit, check_arrival, schedule
+from distbench.errors import UsageError
+from distbench.load import Load, check_arrival, check_trace, schedule
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, Course, Cue, Groups, Part
 from distbench.rules import parse_rules
 from distbench.samples import SampleLog
-from distbench.settings import Settings, script_settings
+from distbench.settings import SAMPLE_LIMIT, Settings, script_settings
 from distbench.sut import FOREVER, Collect, Indices, SystemUnderTest
 
 if TYPE_CHECKING:
@@ -57,22 +58,24 @@ def server_loop(
         cue: the clock, the agreed start, how to wait, and whether the window is given up.
         max_batch: queries of a group at most.
         max_wait_ns: how long the oldest query of a group waits for others at most.
-        backlog: so many queries due and not issued give the window up.
+        backlog: so many queries due and not completed give the window up.
     """
     cells, issue, poll, depth = log.cells(), sut.issue, sut.poll, sut.depth
     due, ready, issued, counts = (cells[n] for n in ("scheduled", "ready", "issued", "count"))
     now, wait, halt, idle = cue.now, cue.wait, cue.halt, log.idle
-    row, rows, flying, free, worked = 0, len(order), 0, 0, True
+    # A loop that begins late was free from the start: that is lateness, and no one's queue.
+    row, rows, flying, free, worked, ended = 0, len(order), 0, 0, False, log.ended
     cue.begin()
     while row < rows or flying:
         stamp, until = now(), FOREVER
         if worked:
             free = stamp
-        if row < rows and flying < depth:
+        if halt[0] or (ended[0] + backlog < rows and due[ended[0] + backlog] <= stamp):
+            halt[0], rows = True, row
+            if not flying:
+                break
+        elif row < rows and flying < depth:
             size, until = next_batch(due, row, rows, stamp, max_batch, max_wait_ns)
-            if halt[0] or (row + backlog < rows and due[row + backlog] <= stamp):
-                halt[0], rows = True, row
-                continue
             if size:
                 counts[row] = size
                 ready[row] = free if free > until else until
@@ -112,6 +115,7 @@ def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequen
     """
     load, replicas = settings.load, len(rates)
     assert load is not None
+    check_trace(load, settings.num_samples)
     drawn = schedule(
         load,
         parse_rules(settings.rules),
@@ -124,10 +128,16 @@ def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequen
         replicas=replicas,
     )
     own = drawn.replica == rank
+    if settings.samples == "gather" and len(drawn.due_ns) > SAMPLE_LIMIT:
+        error = UsageError(
+            f"{len(drawn.due_ns)} queries are more than {SAMPLE_LIMIT}, which is as many as are "
+            "gathered: leave --samples gather out, and they stay on their ranks"
+        )
+        error.agreed = True
+        raise error
     counts = [int((drawn.replica == each).sum()) for each in range(replicas)]
     made = drawn.made | {
         "max_wait_ns": load.max_wait_ns,
-        "backlog": backlog_limit(load, replicas),
     }
     return Part(drawn.index[own], counts, load.max_batch, due_ns=drawn.due_ns[own], made=made)
 

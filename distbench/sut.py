@@ -225,28 +225,31 @@ def adapted(made: Any) -> SystemUnderTest:
 Collect = Callable[[Sequence[Done | First]], int]
 
 
-def collector(log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now) -> Collect:
-    """Return the function that stamps the groups which the SUT says have ended.
-
-    It is made before the window, so that what it needs is at hand in the window.
+def collector(
+    log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now, wanted: Sequence[int] = ()
+) -> Collect:
+    """Return the function that stamps groups which the SUT says have ended.
 
     Args:
         log: the loop has stored ``count`` of every group that it issued.
-        kept: keys are the rows whose outputs are kept.
+        kept: takes outputs by row: those of the first group that ends at or behind each place in
+            ``wanted``, wherever groups begin.
         errors: takes the first few messages of failed groups.
         now: the clock.
+        wanted: rows, ascending.
 
     Returns:
-        Takes what ``poll`` returned and returns how many groups have ended. It raises ModelError
-        for a row that begins no group.
+        Takes what ``poll`` gave; returns how many groups ended. Raises ModelError for other rows.
     """
-    cells, ended = log.cells(), log.ended
+    cells, ended, places = log.cells(), log.ended, iter([*wanted, log.capacity])
     completed, counts = cells["completed"], cells["count"]
     started_at, finished_at = cells.get("started"), cells.get("finished")
     device_at, first_at = cells.get("device"), cells.get("first_token")
     tokens_at, stamps = cells.get("tokens"), log.token_ns
+    place = next(places)
 
     def collect(done_groups: Sequence[Done | First]) -> int:
+        nonlocal place
         groups = 0
         for done in done_groups:
             stamp = now()
@@ -255,23 +258,28 @@ def collector(log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now)
                     first_at[done.row] = done.token_ns
                 continue
             row, count, outputs, error, started_ns, finished_ns, device_ns, token_ns = done
-            completed[row] = stamp
+            issued = counts[row]
+            if issued == 0 or completed[row] != PENDING:
+                raise ModelError(f"the model ended row {row}, which begins no group in flight")
+            # What raises here leaves the row in flight: it fails with the others, unstamped.
+            good = not error and count == issued == len(outputs)
             if started_ns and started_at is not None and finished_at is not None:
-                started_at[row] = started_ns
-                finished_at[row] = finished_ns
+                started_at[row], finished_at[row] = started_ns, finished_ns
             if device_ns and device_at is not None:
                 device_at[row] = device_ns
             if token_ns and tokens_at is not None and first_at is not None:
-                tokens_at[row] = len(token_ns)
-                first_at[row] = token_ns[0]
+                tokens_at[row], first_at[row] = len(token_ns), token_ns[0]
                 if stamps is not None:
                     stamps[row, : len(token_ns)] = token_ns
-            issued = counts[row]
-            if error or count != issued or len(outputs) != issued:
-                completed[row] = FAILED if issued else PENDING
-                _tell(errors, row, issued, done)
-            elif row in kept:
-                kept[row] = outputs
+            if good:
+                completed[row] = stamp
+                if row >= place:
+                    kept[row] = outputs
+                    while place <= row:
+                        place = next(places)
+            else:
+                completed[row] = FAILED
+                _tell(errors, issued, done)
             ended[0] += issued
             groups += 1
         return groups
@@ -279,10 +287,8 @@ def collector(log: SampleLog, kept: dict[int, Any], errors: list[str], now: Now)
     return collect
 
 
-def _tell(errors: list[str], row: int, issued: int, done: Done) -> None:
-    """Keep the message of a group that failed; raise where the row begins no group."""
-    if issued == 0:
-        raise ModelError(f"the model ended row {row}, which begins no group that it was issued")
+def _tell(errors: list[str], issued: int, done: Done) -> None:
+    """Keep the message of a group that failed."""
     if len(errors) < KEPT_ERRORS:
         wrong = f"the model ended a group of {issued} samples as one of {done.count}"
         if done.count == issued:

@@ -11,6 +11,7 @@ from distbench.intervals import trends
 from distbench.pace import pace_found
 from distbench.pool import Pool
 from distbench.run import RankRecord, Run
+from distbench.scenarios import Scenario, scenario
 from distbench.settled import WATCH, settled_found
 from distbench.steady import TREND_P, Trend
 from distbench.times import Makespan, RankTimes
@@ -31,11 +32,12 @@ def measurement_found(
     found: list[Finding] = []
     drifts = trends(pool)
     for record, drift in zip(run.present, drifts, strict=True):
-        found += _trend(record, drift)
+        if not (record.after or {}).get("halted"):  # whose queue grew, as another finding says
+            found += _trend(record, drift)
     if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
         found += settled_found(pool, times, drifts)
     for record, t in zip(run.present, times, strict=True):
-        found += _interference(record, t)
+        found += _interference(record, t, scenario(run.scenario))
         found += _clock(run, record)
     return found + pace_found(pool, times, span, figures)
 
@@ -92,11 +94,21 @@ def _clock(run: Run, record: RankRecord) -> list[Finding]:
     ]
 
 
-def _interference(record: RankRecord, t: RankTimes) -> list[Finding]:
+def _interference(record: RankRecord, t: RankTimes, kind: Scenario) -> list[Finding]:
+    """Return the finding that a rank waited for a processor.
+
+    Under a schedule a loop is idle for much of its window. What it waited for while idle is
+    lateness, which is judged as such; the rest is held against the time with work in flight.
+    """
     quiet = (record.after or {}).get("quiet")
     if not quiet or quiet["run_delay_ns"] < 0 or not quiet["window_ns"]:
         return []
-    effect = quiet["run_delay_ns"] / quiet["window_ns"]
+    waited_ns, of_ns, of = quiet["run_delay_ns"], quiet["window_ns"], "its window"
+    if kind.open_loop:
+        waited_ns = max(0, waited_ns - t.series["lateness"][2])
+        of_ns = max(1, min(of_ns, t.series["batch_latency"][2]))
+        of = "the time that it had work in flight"
+    effect = waited_ns / of_ns
     level = graded(effect)
     if level is None:
         return []
@@ -105,7 +117,7 @@ def _interference(record: RankRecord, t: RankTimes) -> list[Finding]:
             level,
             "interference",
             f"rank {t.rank} ({record.host}): the loop was ready to run but waited for a "
-            f"processor for {effect:.1%} of its window "
+            f"processor for {effect:.1%} of {of} "
             f"({quiet['involuntary_switches']} involuntary switches)",
             t.rank,
             record.host,

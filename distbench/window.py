@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from distbench import finish, record, start
 from distbench.environment import schedstat
 from distbench.errors import DistbenchError, ModelError, UsageError, where
+from distbench.load import backlog_limit
 from distbench.preamble import agree_on_run, describe_after, describe_rank
 from distbench.prepare import (
     OPTIONAL,
@@ -34,7 +35,7 @@ from distbench.prepare import (
 )
 from distbench.rules import parse_rules
 from distbench.ruling import limits_for
-from distbench.samples import fail_rest
+from distbench.samples import SampleLog, fail_rest
 from distbench.scenarios import scenario
 from distbench.settings import Settings
 from distbench.steady import UNTIL_LEAST
@@ -86,6 +87,7 @@ class _Prepared:
     cost: dict[str, Any]
     rates: Sequence[float]
     part: Part
+    most_tokens: int | None
 
 
 def measure(
@@ -141,16 +143,49 @@ def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settin
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
     start.synchronize(world, "first")
     warm = _warm(course.loop, sut, world, settings)
-    rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
+    most = getattr(sut, "most_tokens", None)
+    warm, rates, most, slowest_ns = _told_by_all(world, sut, warm)
     part = course.part(rank, sut, settings, rates)
+    if part.made is not None and settings.load is not None:
+        digest = {"the schedule": part.made["digest"]}
+        world.agree("schedule", digest, "give every node the same trace file")
+        limit = backlog_limit(settings.load, size, slowest_ns)
+        part = replace(part, made={**part.made, "backlog": limit})
     _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
-    return _Prepared(course, sut, settings, warm, cost, rates, part)
+    return _Prepared(course, sut, settings, warm, cost, rates, part, most)
+
+
+def _told_by_all(
+    world: World, sut: SystemUnderTest, warm: Warmup
+) -> tuple[Warmup, list[float], int | None, int]:
+    """Exchange what the warm-ups showed.
+
+    Returns:
+        This rank's warm-up with the columns of all, for the logs of all ranks have the same; the
+        rates, samples/s; the most tokens of a sample; the slowest group, ns.
+    """
+    most = getattr(sut, "most_tokens", None)
+    told = world.gather_json([warm.rate_qps, warm.columns, most, warm.slowest_group_ns])
+    columns = tuple(sorted({name for each in told for name in each[1]}))
+    known = [each[2] for each in told if each[2] is not None]
+    slowest_ns = max(each[3] for each in told)
+    return (
+        replace(warm, columns=columns),
+        [each[0] for each in told],
+        max(known, default=None),
+        slowest_ns,
+    )
 
 
 def _unjudged(course: Course, sut: SystemUnderTest, settings: Settings) -> UsageError | None:
     """Return why the rules cannot judge this run, before anything is measured; None if they can."""
     rules = parse_rules(settings.rules)
     bounds = settings.load.bounds if settings.load is not None else ()
+    arrival = settings.load.arrival if settings.load is not None else "poisson"
+    if rules.round is not None and arrival != "poisson":
+        return UsageError(
+            f"{rules.name} is of Poisson arrivals, and --arrival {arrival} is none: leave one out"
+        )
     try:
         if rules.round is not None:
             limits_for(rules, course.scenario, settings.model_name, sut.total, bounds)
@@ -178,7 +213,7 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
     columns = [c for c in course.columns if c not in OPTIONAL or c in warm.columns]
     log = record.make_log(world, folder, len(part.order), columns)
     log.index[:] = part.order
-    most = getattr(sut, "most_tokens", None) if "tokens" in columns else None
+    most = prepared.most_tokens if "tokens" in columns else None
     record.make_tokens(world, folder, log, most)
     before = describe_rank(
         course.scenario,
@@ -250,7 +285,8 @@ def window(
 ) -> dict[int, Any]:
     """Agree on a start, run the loop in quiet, meet the others, and measure the clocks again."""
     log, halt = recorder.log, world.side.open_window()
-    kept = choose_kept(len(part.order), part.group, settings.seed + world.rank)
+    kept: dict[int, Any] = {}
+    wanted = choose_kept(len(part.order), settings.seed + world.rank)
     errors: list[str] = []
     if world.rank == 0:
         recorder.show = record.progress_line(len(part.order), settings.quiet)
@@ -271,7 +307,7 @@ def window(
             recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
 
         cue = Cue(world.now, begin, partial(start.wait_until, now=world.now, spin_ns=spin_ns), halt)
-        collect = collector(log, kept, errors, world.now)
+        collect = collector(log, kept, errors, world.now, wanted)
         recorder.flying = True
         switches, delay_ns = schedstat()
         try:
@@ -284,8 +320,7 @@ def window(
         switches_after, delay_after_ns = schedstat()
         recorder.flying = False
     if scenario(course.scenario).stream:
-        begun = log.count > 0
-        log.scheduled[:] = np.repeat(log.issued[begun], log.count[begun])[: log.capacity]
+        _schedule_is_issue(log)
     recorder.after |= {
         "ended_ns": ended,
         "errors": errors,
@@ -299,6 +334,13 @@ def window(
     world.side.meet("window:end")
     start.synchronize(world, "after")
     return kept
+
+
+def _schedule_is_issue(log: SampleLog) -> None:
+    """Fill in when a stream's queries were due: when they were issued, which none knew before."""
+    begun = log.count > 0
+    issued = np.repeat(log.issued[begun], log.count[begun])
+    log.scheduled[: len(issued)] = issued
 
 
 def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:

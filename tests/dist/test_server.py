@@ -155,6 +155,66 @@ def test_a_model_that_fails_makes_the_run_invalid_and_what_completed_is_kept(
     assert verify(Path(told[0]["folder"])) == (0, [])
 
 
+class Bad(Echo):
+    """NaN for every group of more than one."""
+
+    def poll(self, until_ns: int) -> list[Done]:
+        ended = super().poll(until_ns)
+        return [d._replace(outputs=np.full(d.count, np.nan)) if d.count > 1 else d for d in ended]
+
+
+def _bad(out: str) -> dict[str, Any]:
+    load = Load(800.0, max_batch=64, max_wait_ns=20_000_000)
+    return _run(out, lambda _rank: Bad(), load, num_samples=600)
+
+
+def test_outputs_are_checked_wherever_groups_begin(tmp_path: Path) -> None:
+    result = run_ranks(_bad, 1, str(tmp_path))[0]["result"]
+    found = {f["code"]: f for f in result["verdict"]["findings"]}
+    assert result["verdict"]["status"] == "INVALID"
+    assert found["outputs-non-finite"]["value"] >= 10
+
+
+class Unlike(Sleep):
+    """Stamps nothing on rank 1."""
+
+    def poll(self, until_ns: int) -> list[Done]:
+        ended = super().poll(until_ns)
+        if os.environ["RANK"] == "0":
+            return ended
+        return [done._replace(started_ns=0, finished_ns=0) for done in ended]
+
+
+def _unlike(out: str) -> dict[str, Any]:
+    return _run(out, lambda _rank: Unlike(200_000), Load(300.0))
+
+
+def test_ranks_whose_engines_stamp_different_things_are_judged_together(tmp_path: Path) -> None:
+    told = run_ranks(_unlike, 2, str(tmp_path))
+    metrics = told[0]["result"]["metrics"]
+    present = load_run(Path(told[0]["folder"])).present
+    assert metrics["latency.p50"]["n"] == sum(len(r.column("index")) for r in present)
+    assert metrics["service.p50"]["n"] == len(present[0].column("index"))
+    assert verify(Path(told[0]["folder"])) == (0, [])
+
+
+def _not_poisson(out: str) -> str:
+    from distbench.bounds import parse_bounds
+    from distbench.errors import UsageError
+
+    load = Load(200.0, "constant", bounds=parse_bounds("15ms@p99"))
+    try:
+        _run(out, lambda _rank: Echo(), load, rules="mlperf-v5.0,shortened=100ms")
+    except UsageError as error:
+        return str(error)
+    return "went on"
+
+
+def test_a_rounds_gates_are_not_given_to_other_arrivals(tmp_path: Path) -> None:
+    (said,) = run_ranks(_not_poisson, 1, str(tmp_path))
+    assert "mlperf-v5.0 is of Poisson arrivals, and --arrival constant is none" in said
+
+
 def _overloaded(out: str) -> dict[str, Any]:
     # 400 queries/s for one replica each, and rank 1 can serve 100.
     return _run(out, lambda rank: Sleep(10_000_000 if rank else 100_000), Load(800.0), duration_s=20.0)
@@ -253,6 +313,33 @@ def test_a_stream_issues_a_query_when_the_one_before_has_ended(
         assert (begun >= issued).all() and (ended <= completed).all()
         own = result["per_rank"][rank]["metrics"][headline]
         assert own >= size * 200e-6
+
+
+class Raises(Sleep):
+    def poll(self, until_ns: int) -> list[Done]:
+        if self.queue and self.queue[0][0] == 30:
+            raise ValueError("the kernel failed")
+        return super().poll(until_ns)
+
+
+def _raising(out: str) -> dict[str, Any]:
+    from distbench.singlestream import run_singlestream
+    from distbench.world import join
+
+    with join(device="cpu", timeout_s=30) as world:
+        sut = Raises(100_000) if world.rank else Sleep(100_000)
+        run = run_singlestream(sut, world, output_dir=out, warmup_s=0, num_samples=200)
+        return {"result": run.result(), "folder": str(run.folder or "")}
+
+
+def test_a_stream_whose_model_raises_tells_its_sentence(tmp_path: Path) -> None:
+    told = run_ranks(_raising, 2, str(tmp_path))
+    result = told[0]["result"]
+    found = {f["code"]: f for f in result["verdict"]["findings"]}
+    assert result["verdict"]["status"] == "INVALID"
+    assert "ValueError: the kernel failed" in found["model-raised"]["message"]
+    assert [row["samples"] for row in result["per_rank"]] == [100, 30]
+    assert verify(Path(told[0]["folder"])) == (0, [])
 
 
 def _odd(out: str) -> str:

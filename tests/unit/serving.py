@@ -113,4 +113,4 @@ def _serve(
         rank.before["schedule"] = {"queries": queries, "backlog": 2000}
     last = int(log.completed.max())
     rank.after |= {"used": n, "ended_ns": last}
-    rank.after["quiet"]["window_ns"] = last - instant
+    rank.after["quiet"] |= {"window_ns": last - instant, "run_delay_ns": 0}

@@ -17,6 +17,7 @@ from distbench.gates import Gate
 from distbench.judged import judge_multi_stream, judge_server, judge_single_stream
 from distbench.quantiles import percentiles_ns
 from distbench.rules import limits, parse_rules
+from distbench.samples import SampleLog
 from distbench.scenarios import SCENARIOS, scenario
 from distbench.verify import verify
 
@@ -218,6 +219,75 @@ def test_the_harness_is_held_against_the_latency(
         assert findings[0].value == pytest.approx(cost_us / 506)
 
 
+def test_what_the_user_bounds_is_what_lateness_and_harness_are_held_against(
+    tmp_path: Path,
+) -> None:
+    # p99 is 20 ms, of which 60 us are nothing; of p50, which is bounded, they are half.
+    took = np.full(2_000, 50 * US)
+    took[::20] = 20 * MS
+
+    def change(ranks: Any) -> None:
+        at = queries(2_000, gap_ns=25 * MS, late=60 * US, served=took)
+        served([at], bounds=bound("1ms@p50"))(ranks)
+        ranks[0].before["harness"].update(loop_ns=[10 * 10 * US], batches=10)
+
+    state, findings = found(tmp_path, change, ranks=1)
+    assert state == "INVALID"
+    told = {f.code: f for f in findings if f.level == "invalid"}
+    assert told["issue-lateness"].value == pytest.approx(60 / 115)
+    assert told["issue-lateness"].message.startswith("latency.p50 is 0.115 ms")
+    assert told["harness-cost"].value == pytest.approx(10 / 115)
+
+
+@pytest.mark.parametrize(("late_ms", "level"), [(0.4, "doubtful"), (1.2, "invalid")])
+def test_a_late_start_is_held_against_the_queries_that_decide(
+    tmp_path: Path, late_ms: float, level: str
+) -> None:
+    # 2 s of queries: 1 % of them, which p99 leaves beyond, come in 20 ms; 5 % of those in 1 ms.
+    at = queries(2_000)
+    state, findings = found(tmp_path, served([at]), ranks=1, late_ns=(round(late_ms * MS),))
+    (told,) = [f for f in findings if f.code == "start-late"]
+    assert (told.level, state) == (level, "INVALID" if level == "invalid" else "VALID")
+    assert "of the 0.01 of the queries that decide" in told.message
+
+
+def test_waiting_for_a_processor_is_held_against_the_work(tmp_path: Path) -> None:
+    # A loop that is busy for a fifth of its window, and late by 1 us a query: 2 ms in all.
+    def change(ranks: Any, delay_ms: float) -> None:
+        served([queries(2_000, served=200 * US)])(ranks)
+        ranks[0].after["quiet"]["run_delay_ns"] = round(delay_ms * MS)
+
+    busy_ns = 2_000 * 205 * US
+    for delay_ms, level in ((6.0, None), (10.0, "doubtful"), (24.0, "invalid")):
+        _, findings = found(
+            tmp_path / str(delay_ms), lambda ranks, d=delay_ms: change(ranks, d), ranks=1
+        )
+        told = [f for f in findings if f.code == "interference"]
+        assert [f.level for f in told] == [level] * (level is not None)
+        if told:
+            assert told[0].value == pytest.approx((delay_ms * MS - 2 * MS) / busy_ns)
+
+
+def test_no_goodput_is_made_up_for_a_time_that_no_query_has() -> None:
+    got = metrics(queries(500), bounds=bound("ttft=500ms@p90"))["goodput"]
+    assert (got["value"], got["reason"]) == (None, "no query has a ttft")
+
+
+def test_an_engine_that_stamps_one_end_alone_has_no_service() -> None:
+    def change(ranks: Any) -> None:
+        served([queries(300)])(ranks)
+        columns = [c for c in ranks[0].log.columns if c != "finished"]
+        log = SampleLog.in_memory(300, columns)
+        for name in columns:
+            getattr(log, name)[:] = getattr(ranks[0].log, name)
+        ranks[0].log = log
+        ranks[0].before["columns"] = columns
+
+    got = in_memory(ranks=1, change=change).result()
+    assert got["verdict"]["status"] == "VALID"
+    assert "service.p50" not in got["metrics"]
+
+
 def test_clocks_do_not_touch_a_latency(tmp_path: Path) -> None:
     # The makespan is known to a tenth of itself; each latency is of one clock.
     ranks = [queries(500), queries(500)]
@@ -229,7 +299,7 @@ def test_a_window_that_was_given_up_tells_what_is_completed(tmp_path: Path) -> N
     at = queries(1_000, served=2 * MS, wait=np.arange(1_000) * MS)
 
     def change(ranks: Any) -> None:
-        served([at], target_qps=1000.0)(ranks)
+        served([at], target_qps=1000.0, bounds=bound("15ms@p99"))(ranks)
         log, after = ranks[0].log, ranks[0].after
         for name in ("issued", "ready", "started", "finished", "count"):
             getattr(log, name)[400:] = 0
@@ -244,7 +314,13 @@ def test_a_window_that_was_given_up_tells_what_is_completed(tmp_path: Path) -> N
     assert told.value == pytest.approx(400 / last_s)
     assert told.limit == 1000.0
     assert "600 of 1,000 queries left" in told.message
-    assert "samples-missing" not in [f.code for f in findings]
+    assert not {"samples-missing", "trend"} & {f.code for f in findings}
+    got = in_memory(ranks=1, change=under("mlperf-v5.0,shortened=100ms", change)).result()
+    rules = got["verdict"]["rules"]
+    assert (rules["result"], rules["gates"]) == ("INVALID", [])
+    for name in ("throughput.scheduled", "throughput.completed"):
+        assert got["metrics"][name]["value"] is None
+        assert got["metrics"][name]["reason"] == "the window was given up"
 
 
 # MLPerf's gates

@@ -215,11 +215,44 @@ def test_too_long_a_queue_gives_the_window_up_and_keeps_what_completed(halted: b
     if halted:  # another rank's loop had given up
         assert done.sum() == 0
         return
-    # Row r is issued at 25 r, when 2.5 r queries are due: 64 of them wait from row 43 on.
+    # Row r ends at 25 (r + 1), when 2.5 (r + 1) are due: 64 are outstanding from row 42 on.
     assert 40 <= done.sum() <= 46
     assert not done[int(done.sum()) :].any()
     assert (log.completed[done] != FAILED).all()
     assert log.ended[0] == done.sum()
+
+
+@pytest.mark.parametrize("depth", [1, 8, 100_000])
+def test_what_is_in_flight_counts_as_outstanding(depth: int) -> None:
+    # 2,000 queries/s offered, 500 completed: an engine that accepts all hides no queue.
+    due = np.arange(20_000) * (S // 2_000)
+    log = run(due, lambda _row, _size: 2 * MS, depth=depth, backlog=4_000)
+    done = log.completed != PENDING
+    last_s = (log.completed.max() - 1_000) / S
+    assert done.sum() < 20_000
+    # Given up after 4,000 / 1,500 s; what was accepted by then is waited for.
+    assert log.issued.max() < 1_000 + 2.8 * S
+    assert last_s < (2.8 if depth < 10 else 12)
+
+
+def test_a_loop_that_begins_late_is_late_for_its_first_query() -> None:
+    world = World(0)
+    log = SampleLog.in_memory(2, COLUMNS)
+    log.scheduled[:] = 100, 200
+
+    def begin() -> None:
+        world.at = 5_000
+
+    cue = Cue(world.now, begin, world.wait, [False])
+    machine = Machine(world, lambda _row, _size: 50)
+    server_loop(machine, log, np.arange(2), collector(log, {}, [], world.now), cue, 1, 0, 9)
+    assert log.ready[0] == 100
+    assert log.issued[0] == 5_000
+
+
+def test_a_window_given_up_with_nothing_in_flight_ends() -> None:
+    log = run([0, 0, 0], lambda _row, _size: 25, backlog=1)
+    assert log.ended[0] <= 3
 
 
 # Queueing theory
@@ -316,6 +349,36 @@ def test_a_rounds_seeds_and_least_duration_are_used() -> None:
     assert drawn.due_ns[-1] >= 600 * S
     assert np.array_equal(drawn.due_ns, poisson_ns(2.0, 600 * S, 100, 9933818062894767841))
     assert (drawn.made["round"], drawn.made["variant"]) == ("mlperf-v5.0", "libstdcxx-reject")
+
+
+def test_a_trace_is_not_stretched_and_its_digest_is_that_of_its_queries(tmp_path: Any) -> None:
+    from distbench.errors import UsageError
+    from distbench.load import check_trace
+
+    path = tmp_path / "t.txt"
+    path.write_text("0\n0.5\n1\n")
+    load = Load(2.0, f"trace:{path}")
+    check_trace(load, 3)
+    with pytest.raises(UsageError, match="has 3 queries, and --num-samples asks for 4"):
+        check_trace(load, 4)
+    asked = {
+        "rules": parse_rules("none"), "duration_ns": S, "num_queries": None, "seed": 0,
+        "model": "echo", "total": 10, "resident": 10, "replicas": 1,
+    }  # fmt: skip
+    one = schedule(load, **asked).made["digest"]
+    assert schedule(load, **asked).made["digest"] == one
+    path.write_text("0\n0.5\n1.5\n")
+    assert schedule(load, **asked).made["digest"] != one
+
+
+def test_times_of_day_are_no_offsets(tmp_path: Any) -> None:
+    from distbench.arrivals import trace_ns
+    from distbench.errors import UsageError
+
+    path = tmp_path / "t.txt"
+    path.write_text("1764115200.0\n")
+    with pytest.raises(UsageError, match=r"line 1: .* not times of day"):
+        trace_ns(path)
 
 
 def test_a_constant_rate_and_a_number_of_queries() -> None:

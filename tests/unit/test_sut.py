@@ -241,28 +241,37 @@ def test_a_group_that_failed_is_refused_with_its_message():
 # Stamping what has ended
 
 
-def collected(*done, issued=(2, 0, 3), kept=None, columns=("completed", "count", "started",
-                                                          "finished", "device")):  # fmt: skip
-    log, errors = SampleLog.in_memory(len(issued), columns), []
+def collected(*done, issued=(2, 0, 3), wanted=(), columns=("completed", "count", "started",
+                                                           "finished", "device")):  # fmt: skip
+    log, errors, kept = SampleLog.in_memory(len(issued), columns), [], {}
     log.count[:] = issued
     clock = iter(range(100, 200))
-    groups = collector(log, kept if kept is not None else {}, errors, lambda: next(clock))(done)
-    return log, errors, groups
+    groups = collector(log, kept, errors, lambda: next(clock), wanted)(done)
+    return log, errors, groups, kept
 
 
 def test_ended_groups_are_stamped_each_with_its_own_reading():
-    kept = {2: None}
     done = [Done(2, 3, [7, 8, 9], "", 11, 12, 13), First(0, 5), Done(0, 2, [1, 2])]
-    log, errors, groups = collected(*done, kept=kept)
-    assert (groups, errors, log.ended) == (2, [], [5])
+    log, errors, groups, kept = collected(*done)
+    assert (groups, errors, log.ended, kept) == (2, [], [5], {})
     assert log.completed.tolist() == [102, PENDING, 100]
     assert (log.started[2], log.finished[2], log.device[2]) == (11, 12, 13)
-    assert kept == {2: [7, 8, 9]}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "rows"),
+    [((), []), ((0,), [0]), ((1,), [2]), ((1, 2), [2]), ((0, 3, 4), [0, 4]), ((5,), [5])],
+)
+def test_outputs_are_kept_of_the_first_group_at_or_behind_each_place(wanted, rows):
+    done = [Done(0, 2, "ab"), Done(2, 2, "cd"), Done(4, 1, "e"), Done(5, 1, "f")]
+    kept = collected(*done, issued=(2, 0, 2, 0, 1, 1), wanted=wanted)[3]
+    assert sorted(kept) == rows
+    assert all(kept[row] == done[[0, 2, 4, 5].index(row)].outputs for row in rows)
 
 
 def test_a_log_without_optional_columns_takes_what_it_has():
-    done = Done(0, 2, [1, 2], "", 11, 12, 13)
-    log, errors, groups = collected(done, columns=("completed", "count"))
+    done = Done(0, 2, [1, 2], "", 11, 12, 13, (5, 6))
+    log, errors, groups, _ = collected(done, columns=("completed", "count"))
     assert (groups, errors, int(log.completed[0])) == (1, [], 100)
 
 
@@ -276,23 +285,34 @@ def test_a_log_without_optional_columns_takes_what_it_has():
     ],
 )
 def test_a_group_that_did_not_end_as_it_was_issued_fails(done, message):
-    kept = {0: None}
-    log, errors, groups = collected(done, kept=kept)
+    log, errors, groups, kept = collected(done, wanted=(0,))
     # What was issued has ended, whatever the model says of it.
     assert (groups, log.ended, int(log.completed[0]), int(log.count[0])) == (1, [2], FAILED, 2)
     assert message in errors[0]
-    assert kept == {0: None}
+    assert kept == {}
 
 
-@pytest.mark.parametrize("row", [1, -2])
-def test_a_row_that_begins_no_group_is_refused_and_completes_nothing(row):
+def test_outputs_that_have_no_length_complete_nothing():
+    log = SampleLog.in_memory(1, ("completed", "count"))
+    log.count[0] = 1
+    with pytest.raises(TypeError):
+        collector(log, {}, [], lambda: 5)([Done(0, 1, None)])
+    assert log.completed.tolist() == [PENDING]
+    assert log.ended == [0]
+
+
+@pytest.mark.parametrize("rows", [(1,), (-2,), (0, 0)])
+def test_a_row_that_begins_no_group_in_flight_is_refused_and_completes_nothing(rows):
     log = SampleLog.in_memory(3, ("completed", "count"))
     log.count[:] = 2, 0, 3
-    with pytest.raises(ModelError, match=f"row {row}, which begins no group"):
-        collector(log, {}, [], lambda: 5)([Done(row, 1, [1])])
-    assert log.completed.tolist() == [PENDING] * 3
+    done = [Done(row, 2 if row == 0 else 1, [1, 2] if row == 0 else [1]) for row in rows]
+    with pytest.raises(ModelError, match=f"row {rows[-1]}, which begins no group in flight"):
+        collector(log, {}, [], lambda: 5)(done)
+    assert log.completed.tolist() == [PENDING if len(rows) == 1 else 5, PENDING, PENDING]
 
 
 def test_few_messages_are_kept():
-    done = [Done(0, 2, [1, 2], f"wrong {n}") for n in range(KEPT_ERRORS + 3)]
-    assert collected(*done)[1] == [f"wrong {n}" for n in range(KEPT_ERRORS)]
+    count = KEPT_ERRORS + 3
+    done = [Done(n, 1, [1], f"wrong {n}") for n in range(count)]
+    errors = collected(*done, issued=(1,) * count)[1]
+    assert errors == [f"wrong {n}" for n in range(KEPT_ERRORS)]

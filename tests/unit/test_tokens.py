@@ -97,7 +97,8 @@ def test_the_gates_are_those_of_the_same_latencies(rules: str, slow: int) -> Non
     late[:slow] += 3 * S  # both rounds' limits on TTFT are below
     both[0]["completed"][:slow] += 4 * S
     both[0]["finished"][:slow] += 4 * S
-    both[0]["stamps"][:slow] = 0
+    stamps = both[0]["stamps"][:slow]
+    stamps[stamps > 0] += 3 * S
     rules += ",shortened=500ms"
 
     def change(ranks: Any) -> None:
@@ -167,6 +168,49 @@ def test_a_run_without_its_tokens_is_incomplete(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", change=served([texts(100, 1), texts(100, 2)]))
     (folder / "ranks" / "00001" / "tokens.npy").unlink()
     assert load_run(folder).result()["verdict"]["status"] == "INCOMPLETE"
+
+
+@pytest.mark.parametrize("way", ["early", "since issue", "after completion", "not in order"])
+def test_stamps_of_tokens_that_cannot_be_true_make_a_run_invalid(tmp_path: Path, way: str) -> None:
+    at = texts(400, 3)
+
+    def change(ranks: Any) -> None:
+        served([at], bounds=[asdict(each) for each in parse_bounds("ttft=1s@p90")])(ranks)
+        log = ranks[0].log
+        if way == "early":
+            log.first_token -= S
+            log.token_ns[log.token_ns > 0] -= S
+        elif way == "since issue":
+            log.first_token[:] = MS
+            log.token_ns[:, 0] = MS
+        elif way == "after completion":
+            last = log.tokens - 1
+            log.token_ns[np.arange(400), last] = log.completed + 1
+        else:
+            log.token_ns[:, 1] = log.token_ns[:, 0] - 1
+
+    state, findings = found(tmp_path, change, ranks=1)
+    assert state == "INVALID"
+    (told,) = [f for f in findings if f.code == "stamps-contradict"]
+    assert told.value == 400
+    got = in_memory(ranks=1, change=change).result()["metrics"]
+    assert not [name for name in got if name.startswith(("ttft", "tpot", "gap"))]
+    assert (got["goodput"]["value"], got["goodput"]["reason"]) == (None, "no query has a ttft")
+
+
+def test_queries_at_fault_are_left_out_and_are_errors_under_the_rules() -> None:
+    at = texts(1_000, 3)
+
+    def change(ranks: Any) -> None:
+        served([at])(ranks)
+        ranks[0].log.first_token[:7] = 1
+        ranks[0].before["rules"] = "mlperf-v5.1,shortened=500ms"
+        ranks[0].before["model"]["name"] = "llama3_1-8b"
+
+    got = in_memory(ranks=1, change=change).result()
+    assert got["metrics"]["ttft.p50"]["n"] == 993
+    gates = {gate["name"]: gate["value"] for gate in got["verdict"]["rules"]["gates"]}
+    assert gates["errors"] == 7
 
 
 # Stamps of the loop

@@ -47,6 +47,7 @@ REMEDIES = {
     "issue-lateness": "leave a processor free",
     "judged-by-all": "copy the folders of the other ranks",
     "launch-bound": "use a larger --batch-size",
+    "model-raised": "mend the model",
     "nccl-failed": "try NCCL_IB_DISABLE=1",
     "not-steady": "or a longer --duration",
     "overloaded": "offer less than what is completed",
@@ -243,6 +244,17 @@ def test_samples_failed(tmp_path: Path) -> None:
     assert finding.message == "rank 1 (node-1) failed on 4 samples: ValueError: no such digit"
     assert (finding.value, finding.limit) == (4, 0)
     assert "mend the model" in finding.remedy
+
+
+def test_model_raised(tmp_path: Path) -> None:
+    # Whatever had completed: the last group's exception leaves nothing in flight.
+    change = on(
+        1, lambda rank: (rank.after or {}).update(raised=True, errors=["TypeError: no len"])
+    )
+    state, finding = only(tmp_path, change)
+    assert state == "INVALID"
+    assert about(finding) == ("invalid", "model-raised", 1, "node-1")
+    assert finding.message == "rank 1 (node-1) ended its window by an exception: TypeError: no len"
 
 
 def test_samples_that_failed_without_a_word(tmp_path: Path) -> None:
@@ -613,7 +625,10 @@ def test_shares_by_rate(tmp_path: Path) -> None:
         ({"rules": "mlperf-v5.0"}, True),
         ({"rules": "mlperf-v5.1", "duration_ns": 540 * S}, True),  # lasts 594 s
         ({"rules": "mlperf-v5.0", "duration_ns": 550 * S}, False),
-        ({"rules": "mlperf-v5.0", "duration_ns": 550 * S, "load": Load(5.0)}, True),
+        (
+            {"rules": "mlperf-v5.0", "duration_ns": 550 * S, "load": Load(5.0)},
+            False,
+        ),  # and is extended
         ({"rules": "mlperf-v5.0", "duration_ns": 600 * S, "load": Load(5.0)}, False),
         ({"rules": "mlperf-v5.0", "load": Load(5.0, "trace:x")}, False),
         ({"rules": "mlperf-v5.0", "num_samples": 5}, False),  # who knows how long it takes
