@@ -29,13 +29,13 @@ PROBE, CONFIRM = "probe", "confirm"
 PASS, FAIL, UNCLEAR, UNKNOWN = "pass", "fail", "unclear", "unknown"
 
 FIRST_SHARE = 0.25
-"""The first rate, of the warm-up's: there a queue is short whatever the bound, so it should pass."""
+"""The first rate, of the warm-up's: there hardly a query waits, so it should pass."""
 DOUBLINGS = 6
 """16 times what the warm-up did. A rate beyond that is none of this system's, or it answers without
 working, and nothing is learnt from going on."""
 HALVINGS = 8
-"""Down to a thousandth of what the warm-up did: a bound that is missed there is missed by the system
-without a queue."""
+"""Down to a thousandth of what the warm-up did: a bound that is missed there is missed by the
+system without a queue."""
 RESOLUTION = 0.03
 """A bracket as narrow as this is not divided: of two rates 3 % apart a probe cannot tell the better
 one, and the confirming window steps down by less."""
@@ -50,9 +50,10 @@ PROBE_LEAST = 16
 STEPS = (0.0, 0.02, 0.04, 0.06, 0.10, 0.15, 0.22)
 """By so much the rate is below the best one in each confirming window, until one keeps the bounds.
 
-The first steps are less than a bracket is wide, so that the peak is not missed by much. Where they do
-not suffice, the window is too short to tell such rates apart, and a wider margin is all that it can
-confirm. A window whose percentile itself is above the limit is followed by the step after next.
+The first steps are less than a bracket is wide, so that the peak is not missed by much. Where they
+do not suffice, the window is too short to tell such rates apart, and a wider margin is all that it
+can confirm. A window that is far from confirming, its percentile itself above the limit or without an
+interval, is followed by the step after next.
 """
 DIGITS = 4
 """Significant digits of a rate."""
@@ -104,11 +105,13 @@ class Outcome:
     Attributes:
         word: ``PASS``, ``FAIL``, ``UNCLEAR``; ``UNKNOWN`` where something bounded does not exist.
         kept: whether the percentiles themselves are within their limits.
-        hopeless: of a confirming window, whether it had fewer queries than any interval needs.
+        resolved: of a confirming window, whether the percentiles have intervals.
+        hopeless: likewise, whether it had fewer queries than any interval needs.
     """
 
     word: str
     kept: bool
+    resolved: bool = True
     hopeless: bool = False
 
 
@@ -129,7 +132,7 @@ class End:
     why: str = ""
 
 
-class _Stop(Exception):  # noqa: N818  no error: how a search ends from within
+class _Stop(Exception):
     """The search cannot go on; the text says why."""
 
 
@@ -137,7 +140,7 @@ Search = Generator[Step, Outcome, End]
 _Probing = Generator[Step, Outcome, bool]
 
 
-def judged(queries: int, over: int, quantile: float) -> tuple[str, bool]:
+def judged(queries: int, over: int, quantile: float) -> tuple[str, bool, str]:
     """Judge one bound of a probe by how many queries were above its limit.
 
     It passes by early stopping, and fails where a system that just keeps the bound would show as
@@ -150,22 +153,23 @@ def judged(queries: int, over: int, quantile: float) -> tuple[str, bool]:
         quantile: that is bounded, in (0, 1).
 
     Returns:
-        The word, and whether the percentile itself is within the limit.
+        The word, whether the percentile itself is within the limit, and what decided.
 
     Example:
-        >>> [judged(1000, over, 0.99) for over in (2, 3, 11, 18)]
+        >>> [judged(1000, over, 0.99)[:2] for over in (2, 3, 11, 18)]
         [('pass', True), ('unclear', True), ('unclear', False), ('fail', False)]
     """
     if queries == 0:
-        return UNKNOWN, False
+        return UNKNOWN, False, "no query has this time"
     kept = int(queries * quantile) < queries - over
     if queries < least_queries(quantile, 0):
-        return (PASS if kept else FAIL), kept
+        return (PASS if kept else FAIL), kept, "few queries: by the percentile alone"
     if queries >= least_queries(quantile, over):
-        return PASS, kept
+        return PASS, kept, "early stopping passes"
     ranks = order_ranks(queries, quantile, 1 - 2 * CHANCE)
-    failed = ranks is not None and over >= queries - ranks[0]
-    return (FAIL if failed else UNCLEAR), kept
+    if ranks is not None and over >= queries - ranks[0]:
+        return FAIL, kept, "more above the limit than by chance"
+    return UNCLEAR, kept, "chance may give as many"
 
 
 def search(plan: Plan) -> Search:
@@ -271,7 +275,7 @@ def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
         if found.hopeless:
             why = "it has fewer queries than any interval needs, and a lower rate has fewer still"
             return End(True, False, capped, why)
-        place += 1 if found.kept else 2
+        place += 1 if found.kept and found.resolved else 2
     return End(True, False, capped, f"{tried} windows were tried")
 
 

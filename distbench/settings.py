@@ -58,6 +58,11 @@ class Settings:
             raise UsageError(
                 f"an interval of +-{self.until:%} is not between 0 and 100 % (--until)"
             )
+        if self.num_samples is not None and self.load is not None and self.load.searched:
+            raise UsageError(
+                "a peak search has windows of many rates, so none of one number of queries: give "
+                "--duration and --probe in place of --num-samples"
+            )
         parse_rules(self.rules)
         if self.samples not in ("", "gather", "shard"):
             raise UsageError(f"samples {self.samples!r} are neither gather nor shard (--samples)")

@@ -7,7 +7,7 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,20 +62,33 @@ class Turn:
         number: of the next window, from 0.
         planned: how many there are to be by the last decision; 0 for a command of one window.
         accurate: outputs of the accuracy pass, which the first window had, by sample index.
+        search: of a peak search, its plan and what this window is in it.
     """
 
     number: int = 0
     planned: int = 0
     accurate: dict[int, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
 
-    def told(self) -> dict[str, int] | None:
+    def told(self) -> dict[str, Any] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
-        return {"number": self.number, "planned": self.planned} if self.planned else None
+        place = {"number": self.number, "planned": self.planned}
+        return {**place, "search": self.search} if self.planned else None
 
 
 @dataclass(frozen=True)
-class _Prepared:
-    """What is known before the first window, and holds for all of them."""
+class Prepared:
+    """What is known before the first window, and holds for all of them.
+
+    Attributes:
+        course: how the scenario fills a window.
+        sut: loaded and warm.
+        settings: of the next window.
+        warm: what this rank's warm-up showed.
+        cost: what the harness costs on this rank.
+        rates: of all ranks' warm-ups, samples/s.
+        part: this rank's part of the next window.
+    """
 
     course: Course
     sut: SystemUnderTest
@@ -111,7 +124,7 @@ def measure(
     return _several(prepared, world, folder, settings.until)
 
 
-def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
+def _several(prepared: Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
     """Take windows until throughput is known to within ``asked``; of each only its result stays."""
     turn = Turn(0, UNTIL_LEAST)
     results: dict[str, dict[str, Any]] = {}
@@ -128,20 +141,39 @@ def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: fl
     return finish.write_windows(world, folder.path, results)
 
 
-def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> _Prepared:
-    """Agree on the run, measure harness and clocks, warm up, fix every rank's part."""
+def prepare(
+    course: Course,
+    sut: SystemUnderTest,
+    world: World,
+    settings: Settings,
+    first: Callable[[Settings, Sequence[float]], Settings] = lambda settings, _: settings,
+) -> Prepared:
+    """Agree on the run, measure harness and clocks, warm up, fix every rank's part.
+
+    Args:
+        course: how the scenario fills a window.
+        sut: the system under test of this rank.
+        world: all ranks; all call it.
+        settings: alike on all ranks.
+        first: gives the settings of the first window, from these and the warm-up rates.
+
+    Raises:
+        UsageError: something cannot be used as asked, on any rank; all ranks raise it.
+    """
     agree_on_run(world, sut, settings)
     size, rank = world.world_size, world.rank
-    if settings.num_samples is not None or settings.load is not None:
+    searched = settings.load is not None and settings.load.searched
+    if settings.num_samples is not None or (settings.load is not None and not searched):
         course.part(rank, sut, settings, [1.0] * size)  # too few is told before the warm-up
     start.set_timer_slack()
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
     start.synchronize(world, "first")
     warm = _warm(course.loop, sut, world, settings)
     rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
+    settings = first(settings, rates)
     part = course.part(rank, sut, settings, rates)
     _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
-    return _Prepared(course, sut, settings, warm, cost, rates, part)
+    return Prepared(course, sut, settings, warm, cost, rates, part)
 
 
 def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:
@@ -155,7 +187,7 @@ def _more(world: World, asked: float, made: int, rates: list[float | None]) -> i
     return int(world.side.meet("until", b"", lambda _: told))
 
 
-def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
+def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
     """Take one window."""
     course, sut, settings = prepared.course, prepared.sut, prepared.settings
     warm, part = prepared.warm, prepared.part
