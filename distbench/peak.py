@@ -19,7 +19,7 @@ from distbench.prepare import Course
 from distbench.search import PROBE, Search, Step, search
 from distbench.settings import Settings
 from distbench.sut import SystemUnderTest
-from distbench.trail import plan_of, reading
+from distbench.tried import plan_of, reading
 from distbench.window import Prepared, Turn, one_window, prepare
 from distbench.windows import Windows
 

@@ -52,8 +52,8 @@ STEPS = (0.0, 0.02, 0.04, 0.06, 0.10, 0.15, 0.22)
 
 The first steps are less than a bracket is wide, so that the peak is not missed by much. Where they
 do not suffice, the window is too short to tell such rates apart, and a wider margin is all that it
-can confirm. A window that is far from confirming, its percentile itself above the limit or without an
-interval, is followed by the step after next.
+can confirm. A window that is far from confirming, its percentile itself above the limit or without
+an interval, is followed by the step after next.
 """
 DIGITS = 4
 """Significant digits of a rate."""
@@ -291,18 +291,17 @@ def replay(plan: Plan, outcomes: Sequence[Outcome]) -> tuple[list[Step], Step | 
         plan: of the search.
         outcomes: of its windows, in order.
 
-    Raises:
-        ValueError: the search had ended before the last of them.
+    Returns:
+        As many windows as there are outcomes, or fewer where the search ends before; and the one
+        that is to come next, or where it ended.
     """
     going = search(plan)
     steps, wanted = list[Step](), next(going)
-    for place, outcome in enumerate(outcomes):
+    for outcome in outcomes:
         steps.append(wanted)
         try:
             wanted = going.send(outcome)
         except StopIteration as stop:
             end: End = stop.value
-            if place + 1 < len(outcomes):
-                raise ValueError(f"the search had ended after {place + 1} windows") from None
             return steps, end
     return steps, wanted

@@ -1,4 +1,4 @@
-"""What the text report says of the user's bounds, and of the search for the rate that keeps them."""
+"""What the text report says of the user's bounds, and of the search for the peak under them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def peak_lines(result: dict[str, Any]) -> list[str]:
         return [f"peak             unknown: {found['reason']}"]
     window = result["window"]["search"]["rests"]
     return [
-        f"peak             {rounded(found['value'], 4)} queries/s kept the bounds in window {window}, "
-        "on which all figures below rest"
+        f"peak             {rounded(found['value'], 4)} queries/s kept the bounds in window "
+        f"{window}, on which all figures below rest"
     ]
 
 

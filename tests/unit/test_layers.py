@@ -19,8 +19,8 @@ LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching settings search histogram quantiles student stats steady run "
-    "windows times pool intervals metrics findings checks settled trust pace ruling verdict trail "
-    "report compare conditions launches wire pings liveness network cli",
+    "windows times pool intervals metrics findings checks settled trust pace ruling verdict tried "
+    "trail report compare conditions launches wire pings liveness network cli",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare record preamble finish probe "
     "nvml window peak command",
