@@ -47,14 +47,17 @@ PROBE_MOST = 200_000
 """Queries that a probe has at most: of these 2,000 are slower than p99, enough to judge by."""
 PROBE_LEAST = 16
 """Queries for each replica that the longest probe must have, or there is nothing to judge."""
-STEPS = (0.0, 0.02, 0.04, 0.06, 0.10, 0.15, 0.22)
+CONFIRM_STEPS = (0.0, 0.02, 0.04, 0.06, 0.08, 0.11, 0.15, 0.22)
 """By so much the rate is below the best one in each confirming window, until one keeps the bounds.
 
 The first steps are less than a bracket is wide, so that the peak is not missed by much. Where they
 do not suffice, the window is too short to tell such rates apart, and a wider margin is all that it
-can confirm. A window that is far from confirming, its percentile itself above the limit or without
-an interval, is followed by the step after next.
+can confirm. A window that is far from confirming, its whole interval above the limit or none there,
+is followed by the step after next.
 """
+LIMITS = 10
+"""Times the longest bound that a window lasts at least: at a rate 10 % above what is completed the
+queue then grows to the bound within it, and in a shorter one it would pass."""
 DIGITS = 4
 """Significant digits of a rate."""
 
@@ -69,6 +72,7 @@ class Plan:
         duration_ns: of a confirming window.
         quantiles: those that are bounded.
         replicas: among which queries are divided.
+        limit_ns: the longest bound; a probe is no shorter, or it could not tell.
     """
 
     first_qps: float
@@ -76,6 +80,7 @@ class Plan:
     duration_ns: int
     quantiles: tuple[float, ...]
     replicas: int
+    limit_ns: int = 0
 
     @property
     def lowest_qps(self) -> float:
@@ -253,13 +258,15 @@ def probe_lengths_ns(plan: Plan, qps: float, longer: float = 1.0) -> list[int]:
     """Return how long the probes of one rate are, one after the other while it is not clear.
 
     The first is --probe, or as long as it takes to have the queries that early stopping needs where
-    none is slow. None is longer than ``LONGEST`` times --probe, or has above ``PROBE_MOST`` queries
-    by much.
+    none is slow, or ten times the longest bound. None is longer than ``LONGEST`` times --probe, or
+    has above ``PROBE_MOST`` queries by much, unless the bound asks for it.
     """
+    least_ns = max(round(longer * plan.probe_ns), LIMITS * plan.limit_ns)
     need = max(least_queries(quantile, 0) for quantile in plan.quantiles)
     most_ns = min(LONGEST * plan.probe_ns, round(PROBE_MOST / qps * 1e9))
+    most_ns = max(most_ns, min(LONGEST * plan.probe_ns, LIMITS * plan.limit_ns))
     # A tenth more: a Poisson schedule of a given length often has a few queries less.
-    at_ns = min(max(round(longer * plan.probe_ns), round(1.1 * need / qps * 1e9)), most_ns)
+    at_ns = min(max(least_ns, round(1.1 * need / qps * 1e9)), most_ns)
     lengths = [at_ns, min(round(at_ns * LONGER), most_ns)]
     return [*lengths, most_ns]
 
@@ -267,15 +274,15 @@ def probe_lengths_ns(plan: Plan, qps: float, longer: float = 1.0) -> list[int]:
 def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
     """Confirm the best rate, or a lower one, by windows of full length."""
     place = tried = 0
-    while place < len(STEPS):
-        found = yield Step(CONFIRM, rounded(qps * (1 - STEPS[place])), plan.duration_ns)
+    while place < len(CONFIRM_STEPS):
+        found = yield Step(CONFIRM, rounded(qps * (1 - CONFIRM_STEPS[place])), plan.duration_ns)
         tried += 1
         if found.word == PASS:
             return End(True, True, capped)
         if found.hopeless:
             why = "it has fewer queries than any interval needs, and a lower rate has fewer still"
             return End(True, False, capped, why)
-        place += 1 if found.kept and found.resolved else 2
+        place += 2 if found.word == FAIL or not found.resolved else 1
     return End(True, False, capped, f"{tried} windows were tried")
 
 

@@ -75,6 +75,7 @@ def plan_of(settings: Settings, rates: Sequence[float]) -> Plan:
         duration_ns=settings.duration_ns,
         quantiles=tuple(each.quantile for each in load.bounds),
         replicas=len(rates),
+        limit_ns=max(each.limit_ns for each in load.bounds),
     )
     if plan.first_qps < plan.lowest_qps:
         longest_s = LONGEST * plan.probe_ns / 1e9

@@ -36,7 +36,8 @@ def to_text(result: dict[str, Any]) -> str:
     lines += [*peak_lines(result), *_throughput(result), ""]
     trail = search_lines(result)
     until = result["windows"] and not trail
-    lines += [*(_windows(result) if until else _latencies(result)), ""]
+    if not trail or "latency.p50" in result["metrics"]:
+        lines += [*(_windows(result) if until else _latencies(result)), ""]
     lines += [*bound_lines(result), ""] if result["tables"].get("bounds") else []
     lines += [*trail, ""] if trail else []
     lines += [*_accuracy(result), "", *_gates(result)]
