@@ -27,6 +27,7 @@ from distbench.cli import (
     Option,
     Values,
     duration_ns,
+    nearest,
     one_of,
     positive,
     positive_duration_ns,
@@ -248,7 +249,12 @@ def rate_or_auto(text: str) -> float:
     Raises:
         UsageError: it is neither.
     """
-    return 0.0 if text == "auto" else positive_number(text)
+    if text == "auto":
+        return 0.0
+    try:
+        return positive_number(text)
+    except UsageError as error:
+        raise UsageError(f"{error}, and not auto{nearest(text, ['auto'])}") from None
 
 
 OPTIONS = (

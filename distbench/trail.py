@@ -138,9 +138,7 @@ def searched(
 
 def _found(results: Mapping[str, dict[str, Any]], rests: str | None, trail: Trail) -> list[Finding]:
     """Return the findings on the search, and of the windows those that its figures rest on."""
-    found = []
-    for level, code, message, remedy in _of_search(rests, trail):
-        found.append(Finding(level, code, message, remedy=remedy))
+    found = _of_search(rests, trail)
     if rests:
         found += lifted({rests: results[rests]})
     others = {name: each for name, each in results.items() if name != rests}
@@ -150,15 +148,15 @@ def _found(results: Mapping[str, dict[str, Any]], rests: str | None, trail: Trai
     return found + [each for each in lifted(first) if each.code == "accuracy-low"]
 
 
-def _of_search(rests: str | None, trail: Trail) -> list[tuple[str, str, str, str]]:
-    """Return level, code, message and remedy of each finding on the search itself."""
+def _of_search(rests: str | None, trail: Trail) -> list[Finding]:
+    """Return the findings on the search itself."""
     if trail.wrong:
         return [
-            (
+            Finding(
                 "invalid",
                 "search-contradicts",
                 f"{trail.wrong}: these are not the windows of one search",
-                "verify it with the version of distbench that made it, or run it again",
+                remedy="verify it with the version of distbench that made it, or run it again",
             )
         ]
     end = trail.follows
@@ -166,12 +164,12 @@ def _of_search(rests: str | None, trail: Trail) -> list[tuple[str, str, str, str
         return []
     if not end.found:
         return [
-            (
+            Finding(
                 "invalid",
                 "peak-not-found",
                 f"no rate keeps the bounds: {end.why}",
-                "loosen --latency-bound, or let the model be faster: at such a rate hardly a query "
-                "waits for another",
+                remedy="loosen --latency-bound, or let the model be faster: at such a rate hardly "
+                "a query waits for another",
             )
         ]
     found = []
@@ -179,28 +177,27 @@ def _of_search(rests: str | None, trail: Trail) -> list[tuple[str, str, str, str
         last = trail.readings.get(rests or "")
         missed = last is not None and last.outcome.word == FAIL
         found.append(
-            (
+            Finding(
                 "invalid" if missed else "undecided",
                 "peak-unconfirmed",
                 f"no confirming window kept the bounds with its whole interval ({end.why})",
-                "give a longer --duration, which narrows the interval, and a longer --probe",
+                remedy="give a longer --duration, which narrows the interval, and a longer --probe",
             )
         )
     if end.capped:
+        highest = max(step.target_qps for step in trail.steps)
         found.append(
-            (
+            Finding(
                 "undecided",
                 "peak-beyond",
-                f"no rate failed, up to {_highest(trail):g} queries/s, {CAP:g} times what the "
-                "warm-up did, where the search stops: the peak lies beyond",
-                "see whether the model does its work, give a stricter --latency-bound, or a rate",
+                f"no rate failed, up to {highest:g} queries/s, {CAP:g} times what the warm-up did, "
+                "where the search stops: the peak lies beyond",
+                value=highest,
+                remedy="see whether the model does its work, give a stricter --latency-bound, or "
+                "a rate",
             )
         )
     return found
-
-
-def _highest(trail: Trail) -> float:
-    return max(step.target_qps for step in trail.steps)
 
 
 def _metrics(

@@ -163,6 +163,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         ((*TORCHRUN, "selection.py", "--samples", "1000", "--rounds", "2"), "2 x 1,000 samples"),
         (("selection.py", "--simulate", "50"), "every value exact"),
         ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
+        (("peak.py", "--duration", "2s", "--probe", "100ms"), "digits, 2 ranks: time"),
         (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",
