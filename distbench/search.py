@@ -273,8 +273,8 @@ def probe_lengths_ns(plan: Plan, qps: float, longer: float = 1.0) -> list[int]:
 
 def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
     """Confirm the best rate, or a lower one, by windows of full length."""
-    place = tried = 0
-    while place < len(CONFIRM_STEPS):
+    place, tried, last = 0, 0, len(CONFIRM_STEPS) - 1
+    while True:
         found = yield Step(CONFIRM, rounded(qps * (1 - CONFIRM_STEPS[place])), plan.duration_ns)
         tried += 1
         if found.word == PASS:
@@ -282,7 +282,9 @@ def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
         if found.hopeless:
             why = "it has fewer queries than any interval needs, and a lower rate has fewer still"
             return End(True, False, capped, why)
-        place += 2 if found.word == FAIL or not found.resolved else 1
+        if place == last:
+            break
+        place = min(last, place + (2 if found.word == FAIL or not found.resolved else 1))
     return End(True, False, capped, f"{tried} windows were tried")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distbench.bounds import parse_bounds
 from distbench.errors import UsageError
 from distbench.load import Load
 from distbench.salvage import main as salvage
@@ -77,6 +78,38 @@ def test_a_bound_below_the_service_time_is_kept_at_no_rate(tmp_path: Path) -> No
     assert [f["code"] for f in result["verdict"]["findings"]] == ["peak-not-found"]
     assert result["metrics"]["peak"]["value"] is None
     assert all(row[1] == PROBE for row in result["tables"]["search"]["rows"])
+
+
+def _sharded(out: str) -> dict[str, Any]:
+    from distbench.server import run_server
+    from distbench.world import join
+
+    with join(device="cpu", timeout_s=30) as world:
+        load = Load(2_000.0, bounds=parse_bounds("3ms@p50,500us@p90"))
+        # Each rank has a disk of its own.
+        run = run_server(
+            Sleep(MS),
+            world,
+            load=load,
+            output_dir=f"{out}/{world.rank}",
+            warmup_s=0.05,
+            num_samples=600,
+            samples="shard",
+        )
+        return {"result": run.result(), "folder": str(getattr(run, "folder", "") or "")}
+
+
+def test_what_was_above_a_bound_is_counted_wherever_the_samples_are(tmp_path: Path) -> None:
+    told = run_ranks(_sharded, 2, str(tmp_path))
+    result = told[0]["result"]
+    assert told[1]["result"] == result
+    first, second = result["tables"]["bounds"]["rows"]
+    assert (first[0], first[2], second[2]) == ("latency.p50", 600, 600)
+    assert second[3] == 600, "no query is done before its service is"
+    folder = Path(told[0]["folder"])
+    (other,) = (tmp_path / "1").glob("*/ranks/00001")
+    shutil.copytree(other, folder / "ranks" / "00001")
+    assert load_run(folder).result() == result
 
 
 def _refused(out: str) -> str:

@@ -212,6 +212,7 @@ def test_confirming_steps_down_until_the_bound_is_kept_or_no_step_is_left() -> N
     # Far from it: the whole interval is above, or there is none.
     assert kept([(FAIL, False, True), sure])[1] == [100.0, 96.0]
     assert kept([(UNCLEAR, True, False), sure])[1] == [100.0, 96.0]
+    assert kept([(UNCLEAR, True, False)] * 5)[1] == [100.0, 96.0, 92.0, 85.0, 78.0]
     end, rates = kept([near] * len(CONFIRM_STEPS))
     assert rates == [100.0, 98.0, 96.0, 94.0, 92.0, 89.0, 85.0, 78.0]
     assert (end.found, end.confirmed, end.why) == (True, False, "8 windows were tried")
