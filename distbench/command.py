@@ -163,8 +163,8 @@ def run_scenario(
     """
     values = parse(module, purpose, options, argv)
     settings = settings_from(module, values, argv, **more(values))
+    from distbench.readiness import setup_limit_s  # noqa: PLC0415
     from distbench.record import watched  # noqa: PLC0415
-    from distbench.window import setup_limit_s  # noqa: PLC0415
     from distbench.world import join  # noqa: PLC0415  --help never imports torch
 
     with join(backend=values.values["backend"], device=values.values["device"]) as world:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbench.arrivals import GENERATORS, Offsets, constant_ns, poisson_ns, trace_ns
-from distbench.bounds import Bound
+from distbench.bounds import Bound, parse_bounds
 from distbench.errors import UsageError
 from distbench.loadgen_rng import LEMIRE, WHOLE, Order, loadable_set, sample_order
 from distbench.rounds import MIN_DURATION_NS, MIN_QUERIES, Seeds
@@ -36,12 +36,15 @@ class Load:
     """What is offered to the system under test.
 
     Attributes:
-        target_qps: queries/s over all replicas; of a trace, its own mean rate.
+        target_qps: queries/s over all replicas; of a trace, its own mean rate; 0 where the peak is
+            searched for.
         arrival: "poisson", "constant" or "trace:FILE".
         dispatch: "static" or "central".
         max_batch: queries of a group at most.
         max_wait_ns: how long the oldest query of a group waits for others at most.
         bounds: limits of the user's own.
+        probe_ns: above 0, the peak under the bounds is searched for, with probes at least so long;
+            see ``auto``.
 
     Raises:
         UsageError: a value is out of its range.
@@ -53,9 +56,12 @@ class Load:
     max_batch: int = 1
     max_wait_ns: int = 0
     bounds: tuple[Bound, ...] = ()
+    probe_ns: int = 0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.target_qps) and self.target_qps > 0):
+        if self.searched:
+            self._check_search()
+        elif not (math.isfinite(self.target_qps) and self.target_qps > 0):
             raise UsageError(
                 f"a target of {self.target_qps} queries/s is not above 0 (--target-qps)"
             )
@@ -68,6 +74,49 @@ class Load:
             raise UsageError(f"groups of {self.max_batch} queries are below 1 (--max-batch)")
         if self.max_wait_ns < 0:
             raise UsageError("queries cannot wait for less than no time (--max-wait)")
+
+    def _check_search(self) -> None:
+        if self.probe_ns < 0 or self.target_qps:
+            raise UsageError(
+                f"a search with probes of {self.probe_ns} ns at {self.target_qps:g} queries/s: "
+                "give either a rate or the length of a probe (--target-qps, --probe)"
+            )
+        if not self.bounds:
+            raise UsageError(
+                "--target-qps auto searches for the highest rate that keeps a bound: give one, "
+                "such as --latency-bound 15ms@p99"
+            )
+        if self.arrival.startswith("trace:"):
+            raise UsageError(
+                "a trace has its own rate, so there is none to search for: leave out --target-qps "
+                "auto, or give --arrival poisson"
+            )
+
+    @property
+    def searched(self) -> bool:
+        """Whether the peak is searched for."""
+        return self.probe_ns != 0
+
+    @classmethod
+    def auto(cls, bounds: str, probe_s: float = 2.0, **others: Any) -> Load:
+        """Return the load of a peak search: the highest rate that keeps some bounds.
+
+        Args:
+            bounds: such as "15ms@p99"; see ``bounds.parse_bounds``.
+            probe_s: how long a probe lasts at least, s.
+            others: further options of the load.
+
+        Raises:
+            UsageError: a value is out of its range.
+        """
+        if not 0 < probe_s < math.inf:
+            raise UsageError(f"a probe of {probe_s} s is not above 0 (--probe)")
+        probe_ns = max(1, round(probe_s * 1e9))
+        return cls(0.0, bounds=parse_bounds(bounds), probe_ns=probe_ns, **others)
+
+    def at(self, target_qps: float) -> Load:
+        """Return the load of one window at this rate."""
+        return replace(self, target_qps=target_qps, probe_ns=0)
 
 
 def check_arrival(text: str) -> str:

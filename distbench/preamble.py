@@ -109,7 +109,7 @@ def describe_rank(
         "backend": world.backend,
         "interface": None if world.interface is None else asdict(world.interface),
         "columns": list(columns),
-        "config": settings.config or _plain_config(settings),
+        "config": settings.config or plain_config(settings),
         "duration_ns": None if settings.num_samples is not None else settings.duration_ns,
         "group": settings.group,
         "load": None if settings.load is None else asdict(settings.load),
@@ -238,7 +238,7 @@ def rules_too_short(settings: Settings) -> list[Finding]:
     ]
 
 
-def _plain_config(settings: Settings) -> dict[str, Any]:
+def plain_config(settings: Settings) -> dict[str, Any]:
     """Return the ``config`` section of a run that was started from a script."""
     skipped = ("config", "command", "model_name", "dtype")
     return {

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from distbench.bounds import Bound, bounds_of
+from distbench.early_stopping import over_allowed
 from distbench.findings import Finding
 from distbench.gates import WORDING, Bounded, Gate, offline_gates, server_gates, stream_gates
 from distbench.pool import Pool, series
@@ -124,6 +125,48 @@ def limits_for(
         latency_ns=own.get("latency"),
         tokens=Tokens(own["ttft"], own["tpot"]) if {"ttft", "tpot"} <= own.keys() else None,
     )
+
+
+BOUND_COLUMNS = (
+    ("bound", "", "metric that --latency-bound limits"),
+    ("limit", "s", "what it may be at most"),
+    ("queries", "queries", "that completed and have this time"),
+    ("over", "queries", "of these, above the limit"),
+    ("allowed", "queries", "how many may be for early stopping to pass; null: too few queries"),
+)
+
+
+def bounds_table(pool: Pool, times: Sequence[RankTimes]) -> dict[str, Any]:
+    """Return the table ``bounds``: how many queries were above each limit of the user's own.
+
+    Args:
+        pool: how to reach the samples; every rank calls this, and makes the same calls of it.
+        times: of all ranks.
+
+    Returns:
+        Empty without bounds.
+    """
+    bounds, kind = bounds_of(pool.run.first.before), scenario(pool.run.scenario)
+    rows: list[list[Any]] = []
+    for each in bounds:
+        queries = sum(t.series[each.series][0] for t in times if each.series in t.series)
+        over = 0
+        if each.series in kind.series:
+            over = sum(pool.gather(partial(_over, name=each.series, limit_ns=each.limit_ns)))
+        allowed = over_allowed(queries, each.quantile) if queries else None
+        rows.append([each.metric, each.limit_ns / 1e9, queries, over, allowed])
+    return {"bounds": table(BOUND_COLUMNS, rows)} if rows else {}
+
+
+def table(columns: Sequence[tuple[str, str, str]], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Return a table as result.json has it.
+
+    Args:
+        columns: name, unit and definition of each.
+        rows: with a value for each column.
+    """
+    named = [dict(zip(("name", "unit", "definition"), each, strict=True)) for each in columns]
+    return {"columns": named, "rows": [list(row) for row in rows]}
 
 
 def _section(rules: Rules, word: str | None, gates: Sequence[Gate]) -> dict[str, Any]:

@@ -2,10 +2,13 @@
 
     python -m distbench.server --target-qps 200 --duration 10s
     torchrun --standalone --nproc-per-node 2 -m distbench.server --latency-bound 15ms@p99
+    python -m distbench.server --target-qps auto --latency-bound 15ms@p99 --duration 60s
 
 Every latency counts from the instant at which its query was scheduled, so a system that stalls is
 charged for all who wait meanwhile. One schedule is drawn from one seed before the window and its
 queries are dealt to the replicas by a second draw; nothing is sent between ranks in the window.
+With --target-qps auto the highest rate that keeps the bounds is searched for: short windows first,
+then one of the whole --duration that confirms it.
 """
 
 from __future__ import annotations
@@ -20,7 +23,16 @@ import numpy as np
 from distbench.arrivals import trace_ns
 from distbench.batching import next_batch
 from distbench.bounds import parse_bounds
-from distbench.cli import Option, Values, duration_ns, one_of, positive, positive_number
+from distbench.cli import (
+    Option,
+    Values,
+    duration_ns,
+    nearest,
+    one_of,
+    positive,
+    positive_duration_ns,
+    positive_number,
+)
 from distbench.clock import Now
 from distbench.command import measure_joined, options_but, run_scenario, start_command
 from distbench.errors import UsageError
@@ -180,8 +192,9 @@ def run_server(
     Args:
         sut: a ``SystemUnderTest``, or a function from int64 sample indices to as many outputs.
         world: from ``distbench.join``; without it this process joins on its own.
-        load: what is offered: rate, arrivals, batching, the user's bounds.
-        duration_s: how long queries come, s.
+        load: what is offered: rate, arrivals, batching, the user's bounds; ``Load.auto`` searches
+            for the peak.
+        duration_s: how long queries come, s; of a search, in the window that confirms its peak.
         num_samples: queries of all ranks together; replaces ``duration_s``.
         warmup_s: how long to warm up at least, s.
         seed: of schedule, sample order and the outputs that are kept for checking.
@@ -193,7 +206,7 @@ def run_server(
         quiet: no progress on stderr.
 
     Returns:
-        The run, on every rank; ``.report()`` is the text.
+        The run, on every rank, or the windows of a search; ``.report()`` is the text.
 
     Raises:
         UsageError: something cannot be used as asked, on any rank; all ranks raise it.
@@ -216,7 +229,11 @@ def run_server(
 
 
 def measure_server(sut: SystemUnderTest, world: World, settings: Settings) -> Run | Windows:
-    """Take one Server window; all ranks call it. See ``window.measure``."""
+    """Take one Server window, or search for the peak; all ranks call it. See ``window.measure``."""
+    if settings.load is not None and settings.load.searched:
+        from distbench.peak import measure_peak  # noqa: PLC0415  likewise
+
+        return measure_peak(SERVER, sut, world, settings)
     from distbench.window import measure  # noqa: PLC0415  torch, which --help does without
 
     return measure(SERVER, sut, world, settings)
@@ -235,8 +252,29 @@ def paced_by_trace(load: Load) -> Load:
     return replace(load, target_qps=max(len(due_ns) - 1, 1) / lasts_s)
 
 
+def rate_or_auto(text: str) -> float:
+    """Read a rate; "auto", for which the peak is searched, is 0.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if text == "auto":
+        return 0.0
+    try:
+        return positive_number(text)
+    except UsageError as error:
+        raise UsageError(f"{error}, and not auto{nearest(text, ['auto'])}") from None
+
+
 OPTIONS = (
-    Option("target-qps", "200", positive_number, "queries/s over all ranks", "Q"),
+    Option(
+        "target-qps",
+        "200",
+        rate_or_auto,
+        "queries/s over all ranks, or auto: the most that keep --latency-bound",
+        "Q|auto",
+    ),
+    Option("probe", "2s", positive_duration_ns, "a probe of --target-qps auto, at least", "TIME"),
     Option("arrival", "poisson", check_arrival, "poisson, constant or trace:FILE", "KIND"),
     Option("latency-bound", None, parse_bounds, "such as 15ms@p99[,ttft=500ms@p99]", "BOUNDS"),
     Option("max-batch", "1", positive, "queries of a group at most", "N"),
@@ -246,8 +284,15 @@ OPTIONS = (
 
 
 def read_load(values: Values) -> dict[str, Any]:
-    """Read the options of the load."""
+    """Read the options of the load.
+
+    Raises:
+        UsageError: they do not go together.
+    """
     v = values.values
+    auto = v["target_qps"] == 0
+    if not auto and values.origins["probe"] != "default":
+        raise UsageError("--probe is of a peak search: give --target-qps auto as well")
     load = Load(
         v["target_qps"],
         v["arrival"],
@@ -255,6 +300,7 @@ def read_load(values: Values) -> dict[str, Any]:
         v["max_batch"],
         v["max_wait"],
         v["latency_bound"] or (),
+        v["probe"] if auto else 0,
     )
     return {"load": paced_by_trace(load)}
 

@@ -10,6 +10,7 @@ from typing import Any
 from distbench.errors import UsageError
 from distbench.load import Load
 from distbench.rules import parse_rules
+from distbench.search import LIMITS
 
 SAMPLE_LIMIT = 10_000_000
 """Samples of all ranks that are gathered; above it they stay on their ranks (--samples shard)."""
@@ -58,6 +59,19 @@ class Settings:
             raise UsageError(
                 f"an interval of +-{self.until:%} is not between 0 and 100 % (--until)"
             )
+        if self.num_samples is not None and self.load is not None and self.load.searched:
+            raise UsageError(
+                "a peak search has windows of many rates, so none of one number of queries: give "
+                "--duration and --probe in place of --num-samples"
+            )
+        if self.load is not None and self.load.searched:
+            longest_ns = max(each.limit_ns for each in self.load.bounds)
+            if self.load.probe_ns < longest_ns or self.duration_ns < LIMITS * longest_ns:
+                raise UsageError(
+                    f"a bound of {longest_ns / 1e9:g} s is not seen to be missed in shorter "
+                    f"windows: give --probe {longest_ns / 1e9:g}s or longer, and --duration "
+                    f"{LIMITS * longest_ns / 1e9:g}s or longer"
+                )
         parse_rules(self.rules)
         if self.samples not in ("", "gather", "shard"):
             raise UsageError(f"samples {self.samples!r} are neither gather nor shard (--samples)")

@@ -13,7 +13,7 @@ from distbench.checks import facts_found
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
-from distbench.ruling import marginal, ruled
+from distbench.ruling import bounds_table, marginal, ruled
 from distbench.run import Run
 from distbench.scenarios import scenario
 from distbench.times import Makespan, RankTimes, makespan, rank_times
@@ -38,6 +38,7 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     figures = m.metrics(pool, times, span)
     rules, gates = ruled(pool, times, span)
     found = findings(pool, times, span, figures)
+    tables = bounds_table(pool, times)
     found += marginal(gates, figures) + bounds_found(bounds_of(first), figures)
     found = worst_first(found)
     common, rest = common_and_rest([record.before["environment"] for record in run.present])
@@ -61,7 +62,7 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
             "ranks": rest,
         },
         "harness": harness(run),
-        "tables": {},
+        "tables": tables,
         "window": _window(run, times, span),
     }
 
@@ -113,6 +114,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
         "until": first.get("until"),
         "number": place["number"],
         "planned": place["planned"],
+        "search": place.get("search"),
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

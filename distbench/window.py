@@ -7,8 +7,7 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +15,17 @@ import numpy as np
 
 from distbench import finish, record, start
 from distbench.environment import schedstat
-from distbench.errors import DistbenchError, ModelError, UsageError, where
-from distbench.load import backlog_limit
-from distbench.preamble import agree_on_run, describe_after, describe_rank
+from distbench.errors import DistbenchError, where
+from distbench.preamble import describe_after, describe_rank
 from distbench.prepare import (
     OPTIONAL,
     Course,
     Cue,
-    Loop,
     Part,
-    Warmup,
     choose_kept,
-    measure_harness,
-    shapes,
-    share_out,
     stay_on_ranks,
-    warm_up,
 )
-from distbench.rules import parse_rules
-from distbench.ruling import limits_for
+from distbench.readiness import Prepared, prepare, setup_limit_s
 from distbench.samples import SampleLog, fail_rest
 from distbench.scenarios import scenario
 from distbench.settings import Settings
@@ -47,15 +38,6 @@ if TYPE_CHECKING:
     from distbench.run import Run
     from distbench.world import World
 
-SETUP_S = 600.0
-"""How long a factory, a group in warm-up or one in the accuracy pass may take, unless --timeout is
-longer: weights may come over a slow disk, and a first group may be compiled."""
-
-
-def setup_limit_s(settings: Settings) -> float:
-    """Return how long nothing may end outside the window, s."""
-    return max(SETUP_S, (settings.timeout_ns or 0) / 1e9)
-
 
 @dataclass
 class Turn:
@@ -65,29 +47,18 @@ class Turn:
         number: of the next window, from 0.
         planned: how many there are to be by the last decision; 0 for a command of one window.
         accurate: outputs of the accuracy pass, which the first window had, by sample index.
+        search: of a peak search, its plan and what this window is in it.
     """
 
     number: int = 0
     planned: int = 0
     accurate: dict[int, Any] = field(default_factory=dict)
+    search: dict[str, Any] | None = None
 
-    def told(self) -> dict[str, int] | None:
+    def told(self) -> dict[str, Any] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
-        return {"number": self.number, "planned": self.planned} if self.planned else None
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """What is known before the first window, and holds for all of them."""
-
-    course: Course
-    sut: SystemUnderTest
-    settings: Settings
-    warm: Warmup
-    cost: dict[str, Any]
-    rates: Sequence[float]
-    part: Part
-    most_tokens: int | None
+        place = {"number": self.number, "planned": self.planned}
+        return {**place, "search": self.search} if self.planned else None
 
 
 def measure(
@@ -115,7 +86,7 @@ def measure(
     return _several(prepared, world, folder, settings.until)
 
 
-def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
+def _several(prepared: Prepared, world: World, folder: record.Folder, asked: float) -> Windows:
     """Take windows until throughput is known to within ``asked``; of each only its result stays."""
     turn = Turn(0, UNTIL_LEAST)
     results: dict[str, dict[str, Any]] = {}
@@ -132,68 +103,6 @@ def _several(prepared: _Prepared, world: World, folder: record.Folder, asked: fl
     return finish.write_windows(world, folder.path, results)
 
 
-def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> _Prepared:
-    """Agree on the run, measure harness and clocks, warm up, fix every rank's part."""
-    agree_on_run(world, sut, settings)
-    world.check("rules", _unjudged(course, sut, settings))
-    size, rank = world.world_size, world.rank
-    if settings.num_samples is not None or settings.load is not None:
-        course.part(rank, sut, settings, [1.0] * size)  # too few is told before the warm-up
-    start.set_timer_slack()
-    cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
-    start.synchronize(world, "first")
-    warm = _warm(course.loop, sut, world, settings)
-    most = getattr(sut, "most_tokens", None)
-    warm, rates, most, slowest_ns = _told_by_all(world, sut, warm)
-    part = course.part(rank, sut, settings, rates)
-    if part.made is not None and settings.load is not None:
-        digest = {"the schedule": part.made["digest"]}
-        world.agree("schedule", digest, "give every node the same trace file")
-        limit = backlog_limit(settings.load, size, slowest_ns)
-        part = replace(part, made={**part.made, "backlog": limit})
-    _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
-    return _Prepared(course, sut, settings, warm, cost, rates, part, most)
-
-
-def _told_by_all(
-    world: World, sut: SystemUnderTest, warm: Warmup
-) -> tuple[Warmup, list[float], int | None, int]:
-    """Exchange what the warm-ups showed.
-
-    Returns:
-        This rank's warm-up with the columns of all, for the logs of all ranks have the same; the
-        rates, samples/s; the most tokens of a sample; the slowest group, ns.
-    """
-    most = getattr(sut, "most_tokens", None)
-    told = world.gather_json([warm.rate_qps, warm.columns, most, warm.slowest_group_ns])
-    columns = tuple(sorted({name for each in told for name in each[1]}))
-    known = [each[2] for each in told if each[2] is not None]
-    slowest_ns = max(each[3] for each in told)
-    return (
-        replace(warm, columns=columns),
-        [each[0] for each in told],
-        max(known, default=None),
-        slowest_ns,
-    )
-
-
-def _unjudged(course: Course, sut: SystemUnderTest, settings: Settings) -> UsageError | None:
-    """Return why the rules cannot judge this run, before anything is measured; None if they can."""
-    rules = parse_rules(settings.rules)
-    bounds = settings.load.bounds if settings.load is not None else ()
-    arrival = settings.load.arrival if settings.load is not None else "poisson"
-    if rules.round is not None and arrival != "poisson":
-        return UsageError(
-            f"{rules.name} is of Poisson arrivals, and --arrival {arrival} is none: leave one out"
-        )
-    try:
-        if rules.round is not None:
-            limits_for(rules, course.scenario, settings.model_name, sut.total, bounds)
-    except UsageError as error:
-        return error
-    return None
-
-
 def _more(world: World, asked: float, made: int, rates: list[float | None]) -> int:
     """Let rank 0 say how many windows there shall be in all; it alone judges, so that all agree.
 
@@ -205,7 +114,7 @@ def _more(world: World, asked: float, made: int, rates: list[float | None]) -> i
     return int(world.side.meet("until", b"", lambda _: told))
 
 
-def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
+def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Turn) -> Run:
     """Take one window."""
     course, sut, settings = prepared.course, prepared.sut, prepared.settings
     warm, part = prepared.warm, prepared.part
@@ -341,44 +250,3 @@ def _schedule_is_issue(log: SampleLog) -> None:
     begun = log.count > 0
     issued = np.repeat(log.issued[begun], log.count[begun])
     log.scheduled[: len(issued)] = issued
-
-
-def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
-    """Load the samples and warm up; a failure on any rank stops all with its sentence."""
-    size = settings.group
-    if settings.num_samples is not None:
-        share = share_out(settings.num_samples, world.rank, None, world.world_size)
-        size = min(size, max(1, share))
-    order = np.arange(sut.resident, dtype=np.int64)
-    problem, warm = None, Warmup(0.0, 0, 0, ())
-    try:
-        with record.watched(world, setup_limit_s(settings)) as tell:
-            sut.load(order)
-            warm = warm_up(loop, sut, size, settings.warmup_ns, order, world.now, tell)
-    except Exception as error:  # the user's model: any exception is a sentence on every rank
-        problem = _failed_warm_up(error)
-    world.check("warm-up", problem)
-    return warm
-
-
-def _warm_shapes(
-    loop: Loop, sut: SystemUnderTest, world: World, settings: Settings, sizes: Sequence[int]
-) -> None:
-    """Run groups of other sizes that may come: the first run of a shape may compile something."""
-    problem = None
-    try:
-        with record.watched(world, setup_limit_s(settings)) as tell:
-            order = np.arange(sut.resident, dtype=np.int64)
-            for size in sizes:
-                warm_up(loop, sut, size, 0, order, world.now, tell)
-    except Exception as error:  # likewise
-        problem = _failed_warm_up(error)
-    world.check("last group", problem)
-
-
-def _failed_warm_up(error: Exception) -> UsageError:
-    if isinstance(error, UsageError):
-        return error
-    problem = ModelError(f"the model failed in warm-up: {type(error).__name__}: {error}")
-    problem.__cause__ = error
-    return problem

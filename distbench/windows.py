@@ -127,16 +127,20 @@ def windows_result(
     launches = list(dict.fromkeys(_launch(each) for each in every))
     if len(launches) > 1:
         raise UsageError(f"windows of different runs are mixed here: {', '.join(launches)}")
+    if first["window"].get("search"):
+        from distbench.trail import searched  # noqa: PLC0415  it builds on this module
+
+        return searched(results, problems or {}, launches[0])
     rates = [each["metrics"]["throughput"]["value"] for each in every]
     reached = until(first["window"]["until"], rates)
     planned = _planned(every, reached)
-    absent = _absent(results, planned, problems or {})
+    absent = absent_found(results, planned, problems or {})
     whole = None if absent else reached
-    found = worst_first(absent + _lifted(results) + _undecided(first, whole))
+    found = worst_first(absent + lifted(results) + _undecided(first, whole))
     return {
         **first,
         "run_id": launches[0],
-        "windows": [_line(name, each) for name, each in results.items()],
+        "windows": [line(name, each) for name, each in results.items()],
         "verdict": {
             "status": status(found),
             "rules": _rules(results),
@@ -165,7 +169,7 @@ def _launch(result: dict[str, Any]) -> str:
     return re.sub(r"-w\d+$", "", result["run_id"])
 
 
-def _number(result: dict[str, Any]) -> int | None:
+def number(result: dict[str, Any]) -> int | None:
     """Return a window's number in its command, as its run_id has it."""
     found = re.search(r"-w(\d+)$", result["run_id"])
     return int(found.group(1)) if found else None
@@ -178,17 +182,23 @@ def _planned(results: Sequence[dict[str, Any]], reached: Until | None) -> int:
     windows themselves: after the last of them the command decided by the same rates.
     """
     told = max(each["window"].get("planned") or 0 for each in results)
-    numbers = [_number(each) for each in results]
+    numbers = [number(each) for each in results]
     whole = numbers == list(range(len(results))) and len(results) >= told
     wanted = reached.wanted if reached is not None and whole else 0
-    return max(told, wanted, *(number + 1 for number in numbers if number is not None))
+    return max(told, wanted, *(n + 1 for n in numbers if n is not None))
 
 
-def _absent(
+def absent_found(
     results: Mapping[str, dict[str, Any]], planned: int, problems: Mapping[str, str]
 ) -> list[Finding]:
-    """Return the findings that the windows here are not all of the command's, each in its place."""
-    numbers = {name: _number(each) for name, each in results.items()}
+    """Return the findings that the windows here are not all of the command's, each in its place.
+
+    Args:
+        results: of the windows here, by the names of their folders.
+        planned: how many there were to be.
+        problems: why other folders cannot be read.
+    """
+    numbers = {name: number(each) for name, each in results.items()}
     moved = [
         f"{name} holds {results[name]['run_id']}"
         for name, n in numbers.items()
@@ -269,7 +279,7 @@ def _undecided(first: dict[str, Any], reached: Until | None) -> list[Finding]:
     ]
 
 
-def _lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
+def lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
     """Return the windows' findings, one of each code and rank, told with its windows."""
     seen: dict[tuple[str, str, int | None], list[tuple[str, dict[str, Any]]]] = {}
     for name, each in results.items():
@@ -297,7 +307,8 @@ def _rules(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {**every[worst], "window": worst}
 
 
-def _line(name: str, result: dict[str, Any]) -> dict[str, Any]:
+def line(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return one window's row in ``windows``."""
     found = result["metrics"]["throughput"]
     return {
         "path": f"windows/{name}",

@@ -123,6 +123,7 @@ def to_markdown(result: dict[str, Any]) -> str:
         *_findings(result),
         *_metrics(result),
         *_windows(result),
+        *_tables(result),
         *_ranks(result),
         *_environment(result),
         f"Command: {_code(window['command'])}",
@@ -170,6 +171,18 @@ def _windows(result: dict[str, Any]) -> list[str]:
     ]
     more = len(rows) - len(shown)
     return ["### Windows", "", *_table(names, shown), *[f"and {more} more"] * (more > 0), ""]
+
+
+def _tables(result: dict[str, Any]) -> list[str]:
+    """Return the result's own tables, such as the trail of a peak search."""
+    lines = []
+    for name, found in result["tables"].items():
+        heads = [
+            each["name"] + f" ({each['unit']})" * bool(each["unit"]) for each in found["columns"]
+        ]
+        rows = [[_number(value) for value in row] for row in found["rows"]]
+        lines += [f"### Table: {name}", "", *_table(heads, rows), ""]
+    return lines
 
 
 def _ranks(result: dict[str, Any]) -> list[str]:

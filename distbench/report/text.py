@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distbench.report.bounded import bound_lines, peak_lines, search_lines
 from distbench.report.units import (
     FIRST_RANKS,
     WORST_RANKS,
@@ -32,8 +33,13 @@ def to_text(result: dict[str, Any]) -> str:
         result: the content of result.json.
     """
     lines = [_verdict(result), "", _headline(result), ""]
-    lines += [*_throughput(result), ""]
-    lines += [*(_windows(result) if result["windows"] else _latencies(result)), ""]
+    lines += [*peak_lines(result), *_throughput(result), ""]
+    trail = search_lines(result)
+    until = result["windows"] and not trail
+    if not trail or "latency.p50" in result["metrics"]:
+        lines += [*(_windows(result) if until else _latencies(result)), ""]
+    lines += [*bound_lines(result), ""] if result["tables"].get("bounds") else []
+    lines += [*trail, ""] if trail else []
     lines += [*_accuracy(result), "", *_gates(result)]
     lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]
     lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]

@@ -19,7 +19,7 @@ import threading
 
 import numpy as np
 
-from distbench import offline, window
+from distbench import offline, readiness, window
 from distbench.command import start_command
 from distbench.sut import Echo
 
@@ -66,7 +66,7 @@ def build(world):
 
 
 if __name__ == "__main__":
-    window.SETUP_S = 2.0
+    readiness.SETUP_S = 2.0
     start_command(offline.main)
 """
 

@@ -164,6 +164,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         (("selection.py", "--simulate", "50"), "every value exact"),
         ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
         (("pacing.py", "--rounds", "2", "--seconds", "0.2"), "echo at 10,000 queries/s"),
+        (("peak.py", "--duration", "2s", "--probe", "100ms"), "digits, 2 ranks: time"),
         (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",

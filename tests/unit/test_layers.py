@@ -18,12 +18,12 @@ PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
-    "bounds scenarios load batching settings histogram quantiles student stats steady run windows "
-    "times pool intervals metrics findings checks settled trust pace ruling verdict report compare "
-    "conditions launches wire pings liveness network cli",
+    "bounds scenarios load batching settings search histogram quantiles student stats steady run "
+    "windows times pool intervals metrics findings checks settled trust pace ruling verdict tried "
+    "trail report compare conditions launches wire pings liveness network cli",
     # The machine; torch.
-    "world seating start sut environment gpus models engines prepare record preamble finish probe "
-    "nvml window command",
+    "world seating start sut environment gpus models engines prepare record preamble readiness "
+    "finish probe nvml window peak command",
     # Scenarios.
     "offline server singlestream multistream",
     # Commands around runs.
