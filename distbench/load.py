@@ -22,7 +22,7 @@ from distbench.loadgen_rng import LEMIRE, WHOLE, Order, loadable_set, sample_ord
 from distbench.rounds import MIN_DURATION_NS, MIN_QUERIES, Seeds
 from distbench.rules import Rules
 
-DISPATCHES = ("static", "central")
+DISPATCHES, PAYLOADS = ("static", "central"), ("index", "data")
 BACKLOG_S = 2.0
 """So many seconds of arrivals may wait unissued, or four times the largest bound; then a window is
 given up: a queue that long does not shrink at a rate that may be offered for good."""
@@ -40,6 +40,9 @@ class Load:
         max_batch: queries of a group at most.
         max_wait_ns: how long the oldest query of a group waits for others at most.
         bounds: limits of the user's own.
+        payload: what crosses the wire under central dispatch, "index" or "data".
+        driver: ADDR:PORT of a driver that was started by hand; "": rank 0 starts one.
+        driver_token: the file of its token, on rank 0's host.
 
     Raises:
         UsageError: a value is out of its range.
@@ -51,6 +54,9 @@ class Load:
     max_batch: int = 1
     max_wait_ns: int = 0
     bounds: tuple[Bound, ...] = ()
+    payload: str = "index"
+    driver: str = ""
+    driver_token: str = ""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.target_qps) and self.target_qps > 0):
@@ -62,10 +68,21 @@ class Load:
             raise UsageError(
                 f"dispatch {self.dispatch!r} is neither static nor central (--dispatch)"
             )
+        self._check_central()
         if self.max_batch < 1:
             raise UsageError(f"groups of {self.max_batch} queries are below 1 (--max-batch)")
         if self.max_wait_ns < 0:
             raise UsageError("queries cannot wait for less than no time (--max-wait)")
+
+    def _check_central(self) -> None:
+        if self.payload not in PAYLOADS:
+            raise UsageError(f"payload {self.payload!r} is neither index nor data (--payload)")
+        asked = [("--payload", self.payload != "index"), ("--driver", bool(self.driver))]
+        named = [name for name, given in asked if given]
+        if named and self.dispatch != "central":
+            raise UsageError(f"{named[0]} is for central dispatch: give --dispatch central")
+        if bool(self.driver) != bool(self.driver_token):
+            raise UsageError("a driver is called with its token: give --driver and --driver-token")
 
 
 def check_arrival(text: str) -> str:

@@ -44,7 +44,8 @@ def pace_found(
         found += _cost_of_latency(run, kind.headline, figures)
     if not span.value_ns:
         return found
-    found += _start_late(run, times, span.value_ns)
+    if run.driver is None:  # else queries wait for a late rank, and their latencies tell
+        found += _start_late(run, times, span.value_ns)
     if kind.headline == "throughput":
         found += _clock_bound(span) + _cost_of_time(run, times, span.value_ns)
     if kind.open_loop:
@@ -55,7 +56,7 @@ def pace_found(
 
 def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
     """Return the finding that a window was given up: what was offered is more than is completed."""
-    halted = [r for r in run.present if (r.after or {}).get("halted")]
+    halted = [r for r in run.official if (r.after or {}).get("halted")]
     if not halted:
         return []
     load, made = run.first.before["load"], run.first.before["schedule"]
@@ -65,13 +66,14 @@ def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
         if t.finished_ns is not None and t.scheduled_ns is not None
     ]
     capacity_qps = sum(rates)
+    waiting = "due and not issued on one" if run.driver is None else "outstanding at every"
     return [
         Finding(
             "invalid",
             "overloaded",
             f"{load['target_qps']:g} queries/s were offered and {capacity_qps:.4g} completed, so "
-            f"that more than {made['backlog']} were due and not issued on one replica: the window "
-            f"was given up with {sum(t.pending for t in times):,} of {made['queries']:,} queries "
+            f"that more than {made['backlog']} were {waiting} replica: the window was "
+            f"given up with {sum(t.pending for t in times):,} of {made['queries']:,} queries "
             "left",
             value=capacity_qps,
             limit=load["target_qps"],

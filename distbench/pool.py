@@ -33,7 +33,7 @@ class Pool:
     Attributes:
         run: its records.
         gather: takes a function of a record, returns its JSON-able value for each record of
-            ``run.present``, in order.
+            ``run.official``, in order.
         order: takes a series' name and zero-based positions in the sorted series over all ranks,
             returns the values there.
     """
@@ -45,15 +45,17 @@ class Pool:
 
 def in_one_place(run: Run) -> Pool:
     """Return the pool of a run whose samples are all in its records."""
-    ordered: dict[str, Series] = {}
+    from distbench.joined import official  # noqa: PLC0415  which joins what this module reads
+
+    records, ordered = official(run), dict[str, Series]()
 
     def order(name: str, places: Sequence[int]) -> list[int]:
         if name not in ordered:
-            parts = [series(record, name) for record in run.present]
+            parts = [series(record, name) for record in records]
             ordered[name] = np.sort(np.concatenate(parts))
         return [int(ordered[name][place]) for place in places]
 
-    return Pool(run, lambda fact: [fact(record) for record in run.present], order)
+    return Pool(run, lambda fact: [fact(record) for record in records], order)
 
 
 def series(record: RankRecord, name: str) -> Series:
@@ -63,7 +65,7 @@ def series(record: RankRecord, name: str) -> Series:
         record: of the rank; a record without samples gives an empty series.
         name: one of its scenario's; see ``scenarios``.
     """
-    return _SERIES[name](record)
+    return record.made[name] if name in record.made else _SERIES[name](record)
 
 
 def _kind(record: RankRecord) -> Scenario:
@@ -84,11 +86,11 @@ def _service(record: RankRecord) -> Series:
     if _kind(record).open_loop:
         return _per_sample(record, "started", "finished")
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    possible = _possible(record.first_rows, started)
-    return np.asarray(finished[possible] - started[possible])
+    true = possible(record.first_rows, started)
+    return np.asarray(finished[true] - started[true])
 
 
-def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
+def possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
     """Tell which groups, or which samples, have stamps of the engine that can be true.
 
     A group is handed over before the engine starts it, and has ended there before it completes:
@@ -109,7 +111,7 @@ def _contradicting(record: RankRecord) -> int:
     """Count the ended groups whose stamps by the engine are there and cannot be true."""
     started, finished = record.first_rows("started"), record.first_rows("finished")
     stamped = (started != 0) & (finished != 0)
-    return int((stamped & ~_possible(record.first_rows, started)).sum())
+    return int((stamped & ~possible(record.first_rows, started)).sum())
 
 
 def _lateness(record: RankRecord) -> Series:
@@ -151,7 +153,7 @@ def _known(record: RankRecord, name: str) -> NDArray[np.bool_]:
     """Tell of every sample that completed whether it has a stamp, the engine's a possible one."""
     good = record.column("completed") >= 0
     if name in ("started", "finished"):
-        return _possible(lambda each: record.column(each)[good], record.column("started")[good])
+        return possible(lambda each: record.column(each)[good], record.column("started")[good])
     return np.asarray(record.column(name)[good] > 0)
 
 

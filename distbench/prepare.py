@@ -5,9 +5,9 @@ Nothing here is timed for a report; it fixes all that the timed loop must not de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -16,6 +16,10 @@ from distbench.errors import UsageError
 from distbench.samples import SampleLog
 from distbench.settings import SAMPLE_LIMIT, Settings
 from distbench.sut import Collect, Done, Indices, SystemUnderTest, collector
+
+if TYPE_CHECKING:
+    from distbench.record import Folder
+    from distbench.run import RankRecord
 
 PLANNED_LIMIT = 50_000_000
 """Samples of one rank that a duration may ask for, a log of 3.2 GB; a number may ask for more."""
@@ -80,12 +84,27 @@ class Cue:
         wait: waits for an instant on the clock, without work.
         halt: one truth, whether the window is given up; any rank's loop may set it, and the side
             threads carry it to the others.
+        start_ns: the agreed instant, on this rank's clock.
     """
 
     now: Now
     begin: Callable[[], None]
     wait: Callable[[int], Any]
     halt: list[bool]
+    start_ns: int = 0
+
+
+class Central(Protocol):
+    """What a window needs of central dispatch, beside its loop; see ``central``."""
+
+    def load(self, sut: SystemUnderTest, order: Indices) -> None:
+        """Load samples at the driver's word."""
+
+    def open(self, folder: Folder, before: Mapping[str, Any]) -> None:
+        """Let the driver make its log."""
+
+    def record(self, after: dict[str, Any]) -> RankRecord:
+        """Return what the driver recorded, on every rank; ``after`` takes its clock."""
 
 
 Drive = Callable[[SystemUnderTest, SampleLog, Part, Collect, Cue], None]
@@ -102,6 +121,7 @@ class Course:
         drive: the window's own.
         part: makes this rank's part, from (rank, sut, settings, warm-up rates of all ranks).
         columns: what its log has beside the optional ones.
+        central: the way to the driver, under central dispatch.
     """
 
     scenario: str
@@ -110,6 +130,7 @@ class Course:
     drive: Drive
     part: Callable[[int, SystemUnderTest, Settings, Sequence[float]], Part]
     columns: tuple[str, ...] = ALL_COLUMNS
+    central: Central | None = None
 
 
 @dataclass(frozen=True)

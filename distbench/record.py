@@ -243,6 +243,10 @@ class Recorder:
                 return
             self._flushed = ended
 
+    def told(self) -> dict[str, Any]:
+        """Return what after.json says, as of now."""
+        return {**self.after, "used": self.log.used[0]}
+
     def save_after(self) -> None:
         """Write after.json and done.json.
 
@@ -251,7 +255,7 @@ class Recorder:
         """
         with self._saving:
             # A copy: the loop's thread may add to it while the side thread writes.
-            files.write_json(self.folder.own / "after.json", dict(self.after))
+            files.write_json(self.folder.own / "after.json", self.told())
             write_done(self.folder.own)
             self.saved = self.after["end"] is None
 
@@ -299,6 +303,8 @@ class Recorder:
             for path in self.folder.own.parent.iterdir()
             if path.name.isdigit() and int(path.name) != self.world.rank
         ]
+        driver = self.folder.path / "driver"
+        others += [driver] * driver.exists()
         while time.monotonic() < deadline:
             if all((path / "done.json").exists() for path in others):
                 return

@@ -7,6 +7,7 @@
                       after.json     written after it
                       done.json      sha256 of the other files of this rank
         ranks/00001/  ...
+        driver/       driver.json, samples.npy, after.json, done.json: of central dispatch
 
 Every figure in ``result.json`` is a function of the rank folders alone (``metrics``, ``verdict``),
 which is what ``verify`` recomputes.
@@ -14,7 +15,8 @@ which is what ``verify`` recomputes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from numpy.typing import NDArray
 
 from distbench import files
 from distbench.clock import ClockModel, Exchange
-from distbench.errors import DistbenchError, UsageError, where
+from distbench.errors import DRIVER, DistbenchError, UsageError, where
 from distbench.findings import Finding
 from distbench.samples import npy_bytes, read_rows, spread_column
 
@@ -46,6 +48,7 @@ class RankRecord:
         problem: why something is None, "" otherwise.
         elsewhere: whether its samples stay on that rank, which is another: ``rows`` is None, and
             nothing is lost.
+        made: series that were made of this log and others together, by name; see ``joined``.
     """
 
     rank: int
@@ -54,6 +57,7 @@ class RankRecord:
     rows: Rows | None
     problem: str = ""
     elsewhere: bool = False
+    made: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def host(self) -> str:
@@ -103,12 +107,14 @@ class Run:
         folder: where it is stored; None while it is only in memory.
         judged: the result, where all ranks made it of samples that stay on them and it cannot be
             made here.
+        driver: the driver's record, under central dispatch: the official log.
     """
 
     world_size: int
     records: tuple[RankRecord | None, ...]
     folder: Path | None = None
     judged: dict[str, Any] | None = None
+    driver: RankRecord | None = None
 
     @property
     def first(self) -> RankRecord:
@@ -119,6 +125,11 @@ class Run:
     def present(self) -> list[RankRecord]:
         """The records there are."""
         return [r for r in self.records if r is not None]
+
+    @property
+    def official(self) -> list[RankRecord]:
+        """The records whose logs time the samples: the driver's where there is one."""
+        return self.present if self.driver is None else [self.driver]
 
     @property
     def missing(self) -> list[int]:
@@ -202,7 +213,8 @@ def load_run(folder: Path | str) -> Run:
             f"{folder} mixes rank folders of different runs: {', '.join(sorted(runs))}"
         )
     size = sizes.pop()
-    run = Run(size, tuple(records.get(rank) for rank in range(size)), folder)
+    every = tuple(records.get(rank) for rank in range(size))
+    run = Run(size, every, folder, driver=_read_driver(folder, next(iter(records.values()))))
     return replace(run, judged=_judged_by_all(run, folder))
 
 
@@ -266,20 +278,47 @@ def _rank_folders(folder: Path) -> list[Path]:
         ) from error
 
 
-def read_record(path: Path) -> RankRecord:
-    """Read one rank's folder.
+def _read_driver(folder: Path, first: RankRecord) -> RankRecord | None:
+    """Read the driver's folder; what is damaged or missing gives a record that says so."""
+    load = first.before.get("load") or {}
+    if load.get("dispatch") != "central":
+        return None
+    try:
+        return read_record(folder / "driver", "driver.json")
+    except UsageError as error:
+        return no_driver(first.before, str(error))
+
+
+def no_driver(before: Mapping[str, Any], problem: str) -> RankRecord:
+    """Return the record of a driver that left nothing.
+
+    Args:
+        before: rank.json of a rank.
+        problem: what is known of it.
+    """
+    clock = {"domain": "", "leader": DRIVER, "exchanges": []}
+    made = {"scenario": before["scenario"], "host": "?", "columns": [], "clock": clock}
+    return RankRecord(DRIVER, {**made, "rank": DRIVER}, None, None, problem)
+
+
+def read_record(path: Path, name: str = "rank.json") -> RankRecord:
+    """Read one rank's folder, or the driver's.
+
+    Args:
+        path: the folder.
+        name: of the file that was written before the window.
 
     Raises:
-        UsageError: rank.json is missing or damaged, so nothing else can be understood.
+        UsageError: that file is missing or damaged, so nothing else can be understood.
     """
-    before = files.read_json(path / "rank.json")
+    before = files.read_json(path / name)
     try:
         rank, columns, version = int(before["rank"]), before["columns"], before["schema_version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path / 'rank.json'} lacks {error}") from error
+        raise UsageError(f"{path / name} lacks {error}") from error
     if version != SCHEMA_VERSION:
         raise UsageError(
-            f"{path / 'rank.json'} has schema version {version}; this distbench reads "
+            f"{path / name} has schema version {version}; this distbench reads "
             f"{SCHEMA_VERSION}: use the version that wrote it"
         )
     after: dict[str, Any] | None = None
@@ -291,29 +330,52 @@ def read_record(path: Path) -> RankRecord:
         problem = str(error)
     try:
         rows = read_rows(path / "samples.npy", columns)
-        rows = rows[: int(after["used"])] if after is not None else rows
+        used = int(after["used"]) if after is not None else came(rows, columns)
+        rows = rows[:used]
     except UsageError as error:
         problem = str(error)
     return RankRecord(rank, before, after, rows, problem)
 
 
-def write_rank(path: Path, record: RankRecord) -> None:
+def came(rows: Rows, columns: Sequence[str]) -> int:
+    """Return how many rows of a rank that was killed have a sample.
+
+    Under central dispatch those whose query came.
+    """
+    if "query" not in columns:
+        return len(rows)
+    return int((rows[:, list(columns).index("query")] >= 0).sum())
+
+
+def write_rank(path: Path, record: RankRecord, name: str = "rank.json") -> None:
     """Write another rank's folder from what was gathered; its done.json proves the copy.
 
     Args:
         path: the rank's folder; made here.
         record: complete, and with the ``done`` document under ``after["done"]`` removed already.
+        name: of the file that was written before the window.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    files.write_json(path / "rank.json", record.before)
+    files.write_json(path / name, record.before)
     if record.rows is not None:
         files.write_bytes(path / "samples.npy", npy_bytes(record.rows))
     if record.after is not None:
         files.write_json(path / "after.json", record.after)
     write_done(path)
+
+
+def write_driver(folder: Path, record: RankRecord) -> None:
+    """Write driver/ of a result directory, unless the driver itself has, over a shared disk.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    own = folder / "driver"
+    if not (own / "done.json").exists():
+        write_rank(own, record, "driver.json")
 
 
 def write_done(path: Path) -> dict[str, str]:

@@ -40,12 +40,14 @@ COLUMNS = (
     "served_by",
     "tokens",
     "first_token",
+    "query",
 )
 """Every column there is, in file order; a log has those that its scenario fills.
 
 index: sample index. scheduled, ready, issued, started, finished, completed, first_token: ns on this
 rank's clock; ready is when the loop could have issued the group. device: device time of the group,
 ns. count: rows of the group, in its first row, else 0. served_by: rank. tokens: tokens of the row.
+query: its number in the driver's log, under central dispatch.
 """
 
 SPREAD = ("ready", "issued", "started", "finished", "completed", "served_by")
@@ -67,6 +69,7 @@ class SampleLog:
         rows: shape (capacity, len(columns)), int64; the mapped array itself.
         ended: one number, the rows of the groups that have ended; another thread may read it.
         idle: one truth, whether the loop waits with nothing in flight; likewise.
+        used: one number, the rows that have a sample; under central dispatch they come one by one.
     """
 
     index: Array
@@ -78,13 +81,15 @@ class SampleLog:
     completed: Array
     device: Array
     count: Array
+    served_by: Array
+    query: Array
 
     def __init__(
         self, rows: Array, columns: Sequence[str], mapped: mmap.mmap | None = None
     ) -> None:
         self.columns = tuple(columns)
         self.rows = rows
-        self.ended, self.idle = [0], [False]
+        self.ended, self.idle, self.used = [0], [False], [len(rows)]
         self._mapped = mapped
         self._path: Path | None = None
         for position, name in enumerate(self.columns):

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distbench.clock import WANDER_PPM, contradiction_ns
+from distbench.errors import where
 from distbench.findings import EFFECT_INVALID, Finding, graded
 from distbench.intervals import trends
 from distbench.pace import pace_found
@@ -30,12 +31,12 @@ def measurement_found(
     run = pool.run
     found: list[Finding] = []
     drifts = trends(pool)
-    for record, drift in zip(run.present, drifts, strict=True):
+    for record, drift in zip(run.official, drifts, strict=True):
         found += _trend(record, drift)
     if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
         found += settled_found(pool, times, drifts)
-    for record, t in zip(run.present, times, strict=True):
-        found += _interference(record, t)
+    for record in [*run.present, *(run.official if run.driver else ())]:
+        found += _interference(record)
         found += _clock(run, record)
     return found + pace_found(pool, times, span, figures)
 
@@ -56,7 +57,7 @@ def _trend(record: RankRecord, found: Trend | None) -> list[Finding]:
         Finding(
             level,
             "trend",
-            f"rank {record.rank} ({record.host}): batches took {abs(found.change):.1%} "
+            f"{where(record.rank, record.host)}: batches took {abs(found.change):.1%} "
             f"{'longer' if found.change > 0 else 'less time'} in the last third of the window than "
             f"in the first ({by}), so the window averages a system that was changing",
             record.rank,
@@ -79,7 +80,7 @@ def _clock(run: Run, record: RankRecord) -> list[Finding]:
         Finding(
             "invalid",
             "clock-contradiction",
-            f"rank {record.rank} ({record.host}): exchanges with its clock contradict each other "
+            f"{where(record.rank, record.host)}: exchanges with its clock contradict each other "
             f"by {excess_ns / 1e3:.1f} us beyond their bounds, so a clock was stepped or its rate "
             f"moved by more than {WANDER_PPM:g} ppm, and no bound of this run holds",
             record.rank,
@@ -92,7 +93,7 @@ def _clock(run: Run, record: RankRecord) -> list[Finding]:
     ]
 
 
-def _interference(record: RankRecord, t: RankTimes) -> list[Finding]:
+def _interference(record: RankRecord) -> list[Finding]:
     quiet = (record.after or {}).get("quiet")
     if not quiet or quiet["run_delay_ns"] < 0 or not quiet["window_ns"]:
         return []
@@ -104,10 +105,10 @@ def _interference(record: RankRecord, t: RankTimes) -> list[Finding]:
         Finding(
             level,
             "interference",
-            f"rank {t.rank} ({record.host}): the loop was ready to run but waited for a "
+            f"{where(record.rank, record.host)}: the loop was ready to run but waited for a "
             f"processor for {effect:.1%} of its window "
             f"({quiet['involuntary_switches']} involuntary switches)",
-            t.rank,
+            record.rank,
             record.host,
             effect,
             EFFECT_INVALID,

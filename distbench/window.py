@@ -137,7 +137,7 @@ def prepare(course: Course, sut: SystemUnderTest, world: World, settings: Settin
     start.set_timer_slack()
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
     start.synchronize(world, "first")
-    warm = _warm(course.loop, sut, world, settings)
+    warm = _warm(course, sut, world, settings)
     rates = [each["rate_qps"] for each in world.gather_json({"rate_qps": warm.rate_qps})]
     part = course.part(rank, sut, settings, rates)
     _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
@@ -179,11 +179,14 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
     before |= {"window": turn.told(), "samples": "shard" if shard else "gather"}
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
+    if course.central:
+        course.central.open(folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
     try:
         kept = window(course, sut, world, recorder, part, settings)
         recorder.after |= describe_after(world)
+        driver = course.central.record(recorder.after) if course.central else None
         raised = bool(recorder.after.get("raised"))
         with record.watched(world, setup_limit_s(settings)) as tell:
             score, accurate = finish.accuracy_pass(
@@ -198,7 +201,7 @@ def one_window(prepared: _Prepared, world: World, folder: record.Folder, turn: T
             kept, indices_of, turn.accurate, finish.tolerance(sut)
         )
         recorder.after["score"] = score
-        return finish.finish(world, recorder, before, shard)
+        return finish.finish(world, recorder, before, shard, driver)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.
@@ -249,7 +252,8 @@ def window(
         def begin() -> None:
             recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
 
-        cue = Cue(world.now, begin, partial(start.wait_until, now=world.now, spin_ns=spin_ns), halt)
+        wait = partial(start.wait_until, now=world.now, spin_ns=spin_ns)
+        cue = Cue(world.now, begin, wait, halt, plan.local_ns)
         collect = collector(log, kept, errors, world.now)
         recorder.flying = True
         switches, delay_ns = schedstat()
@@ -280,7 +284,7 @@ def window(
     return kept
 
 
-def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
+def _warm(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
     """Load the samples and warm up; a failure on any rank stops all with its sentence."""
     size = settings.group
     if settings.num_samples is not None:
@@ -290,8 +294,8 @@ def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) ->
     problem, warm = None, Warmup(0.0, 0, 0, ())
     try:
         with record.watched(world, setup_limit_s(settings)) as tell:
-            sut.load(order)
-            warm = warm_up(loop, sut, size, settings.warmup_ns, order, world.now, tell)
+            (course.central.load(sut, order) if course.central else sut.load(order))
+            warm = warm_up(course.loop, sut, size, settings.warmup_ns, order, world.now, tell)
     except Exception as error:  # the user's model: any exception is a sentence on every rank
         problem = _failed_warm_up(error)
     world.check("warm-up", problem)

@@ -20,12 +20,13 @@ LAYERS = (
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching settings histogram quantiles student stats steady run windows "
     "times pool intervals metrics findings checks settled trust pace ruling verdict report compare "
-    "conditions launches wire pings liveness network cli",
+    "conditions launches wire pings liveness network cli joined waiting "
+    "frames dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare record preamble finish probe "
     "nvml window command",
     # Scenarios.
-    "offline server singlestream multistream",
+    "offline server singlestream multistream worker central spawn",
     # Commands around runs.
     "plan verify salvage baseline",
 )
