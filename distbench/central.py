@@ -19,7 +19,7 @@ import numpy as np
 
 from distbench import pings, wire
 from distbench.clock import ClockModel, Exchange, Now, clock_domain, measure_exchange
-from distbench.dispatch import COLUMNS, WORD
+from distbench.dispatch import COLUMNS, TOKEN_COLUMNS, WORD
 from distbench.errors import DRIVER, ClockError, DistbenchError, UsageError
 from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
 from distbench.liveness import EXCHANGE_TRIPS, WINDOW_TRIPS
@@ -52,6 +52,8 @@ class Dispatch:
         clock: on rank 0, the link over which its clock is measured.
         process: on rank 0, the driver, where it was started here.
         exchanges: on rank 0, what was measured with the driver's clock.
+        problem: why this rank lost the driver in a window; "" where it did not.
+        lost: whether the driver ended early; alike on all ranks.
     """
 
     def __init__(self, world: World, settings: Settings) -> None:
@@ -62,7 +64,7 @@ class Dispatch:
         self.clock: Link | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.exchanges: list[Exchange] = []
-        self.problem = ""
+        self.problem, self.lost = "", False
         self._folder: Path | None = None
         self._before: dict[str, Any] = {}
         self._plan: dict[str, int] = {}
@@ -231,7 +233,9 @@ class Dispatch:
                 "backlog": made["backlog"],
                 "findings": [],
             }
-            asked = {"do": "window", "folder": parts, "before": self._before, "columns": []}
+            more = [name for name in TOKEN_COLUMNS if name in before["columns"]]
+            self._before["columns"] += more
+            asked = {"do": "window", "folder": parts, "before": self._before, "columns": more}
             try:
                 tell(self.control, asked, self.part.due_ns, self.part.order)
                 self._answered("make its log", CALL_S)
@@ -279,6 +283,7 @@ class Dispatch:
                 after["exchanges"][str(DRIVER)] = self._clock()["exchanges"]
         told = [found.before, found.after, found.problem, found.rows is not None]
         before, ended, problem, here = world.gather_json(told)[0]
+        self.lost = bool((ended or {}).get("end"))
         rows = np.zeros((0, len(before["columns"])), np.int64) if found.rows is None else found.rows
         rows = world.gather_rows(np.ascontiguousarray(rows))[0]
         return RankRecord(DRIVER, before, ended, rows if here else None, problem)

@@ -42,7 +42,7 @@ from distbench.waiting import measure_spin_ns, quiet, schedstat, set_timer_slack
 from distbench.wire import Link, LinkClosed, Seat
 
 PR_SET_PDEATHSIG = 1
-LEAST_SPIN_NS = 50_000
+SPIN_NS = 50_000
 """A driver that spun for as long as a rank does would take a processor from a worker."""
 
 
@@ -76,7 +76,7 @@ class Driver:
         self.output_dir = output_dir
         self.clock: Link | None = None
         self.channels: list[Channel] = []
-        self.spin_ns = max(LEAST_SPIN_NS, measure_spin_ns(now_ns) // 4)
+        self.start_spin_ns = measure_spin_ns(now_ns)
         self.hub: Hub | None = None
         self.encode: Callable[[Sequence[int]], Sequence[bytes]] | None = None
         self.window: Window | None = None
@@ -150,7 +150,7 @@ class Driver:
         self.server.close()
         self.channels = [taken[rank] for rank in sorted(taken)]
         others = [(self.clock.fileno(), self._pong), (self.control.fileno(), self._interrupted)]
-        self.hub = Hub(self.channels, others, now_ns, self.spin_ns)
+        self.hub = Hub(self.channels, others, now_ns, SPIN_NS)
         if asked["payload"]:
             self.encode = encoder(asked["payload"])
         return {}, []
@@ -197,7 +197,7 @@ class Driver:
             "rank": DRIVER,
             "host": self.own.host,
             "pid": os.getpid(),
-            "spin_ns": self.spin_ns,
+            "spin_ns": SPIN_NS,
             "payload": "index" if self.encode is None else "data",
             "python": platform.python_version(),
             "numpy": np.__version__,
@@ -234,7 +234,7 @@ class Driver:
         ledger = Ledger(log, len(self.channels), now_ns)
         with quiet():
             switches, delay_ns = schedstat()
-            after["started_ns"] = wait_until(begin_ns, now_ns, self.spin_ns)
+            after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
             after["halted"] = dispatch_loop(
                 hub, log, window.order, ledger, now_ns, before["turn"], before["backlog"]
             )

@@ -176,8 +176,10 @@ def driver_found(run: Run) -> list[Finding]:
     end = (driver.after or {}).get("end")
     remedy = "see the driver's own output, and whether its host or the network failed; run again"
     if end:
-        code = f"driver-{end['code']}"
-        return [Finding("incomplete", code, end["sentence"], None, driver.host, remedy=remedy)]
+        text = str(end["sentence"])
+        return [
+            Finding("incomplete", "driver-lost", text, None, driver.host, remedy=remedy),
+        ]
     if driver.problem:
         text = f"{where(DRIVER, driver.host)} left an incomplete record: {driver.problem}"
         return [Finding("incomplete", "driver-incomplete", text, None, driver.host, remedy=remedy)]

@@ -225,7 +225,10 @@ def measure_server(sut: SystemUnderTest, world: World, settings: Settings) -> Ru
     if settings.load is None or settings.load.dispatch == "static":
         return measure(SERVER, sut, world, settings)
     with open_dispatch(world, settings) as dispatch:
-        return measure(central_course(dispatch), sut, world, settings)
+        run = measure(central_course(dispatch), sut, world, settings)
+        if not dispatch.lost:
+            dispatch.unload(sut, np.arange(sut.resident, dtype=np.int64))
+        return run
 
 
 def paced_by_trace(load: Load) -> Load:
