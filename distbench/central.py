@@ -276,9 +276,10 @@ class Dispatch:
         """
         world = self.world
         found = RankRecord(DRIVER, {}, None, None)
+        problem = next((each for each in world.gather_json(self.problem) if each), "")
         if self.control is not None:
             self.measure(EXCHANGE_TRIPS)
-            found = self._fetched(self.control)
+            found = self._left(problem) if problem else self._fetched(self.control)
             if self._leader() == DRIVER:
                 after["exchanges"][str(DRIVER)] = self._clock()["exchanges"]
         told = [found.before, found.after, found.problem, found.rows is not None]
@@ -303,7 +304,7 @@ class Dispatch:
         """Return what a driver that was lost left on this host, and say in its name what it was."""
         assert self._folder is not None and self.control is not None
         seat = self.control.seat
-        sentence = f"{seat} was lost: {self.problem or problem}{self._status()}"
+        sentence = f"{seat} was lost: {problem}{self._status()}"
         end = {"code": "lost", "rank": DRIVER, "host": seat.host, "sentence": sentence}
         after = {"plan": self._plan, "started_ns": None, "end": {**end, "exit_code": 6}}
         try:
