@@ -140,8 +140,7 @@ class Dispatch:
             tell(self.control, {"do": "load", "load": load}, order)
         channel = self.channel
         assert channel is not None
-        frames = [each for each in _await(channel, LOAD_S) if each[0] in (LOAD, UNLOAD)]
-        indices = np.frombuffer(frames[0][3], "<i8").astype(np.int64)
+        indices = np.frombuffer(_await(channel, LOAD_S), "<i8").astype(np.int64)
         try:
             (sut.load if load else sut.unload)(indices)
         finally:  # a model that raises is told of by its rank; the driver need not wait for it
@@ -321,16 +320,16 @@ class Dispatch:
                 tell(self.control, {"do": "bye"})
 
 
-def _await(channel: Channel, within_s: float) -> list[Any]:
-    """Wait for frames that the driver sends between windows.
+def _await(channel: Channel, within_s: float) -> bytes:
+    """Wait for the driver's word to load or unload samples; returns their indices as bytes.
 
     Raises:
         ChannelLost: none came in time, or the driver is gone.
     """
     while select.select([channel], [], [], within_s)[0]:
-        frames = channel.read()
-        if frames:
-            return frames
+        for kind, _, _, data in channel.read():
+            if kind in (LOAD, UNLOAD):
+                return data  # a pulse may come before it
     raise ChannelLost(f"nothing came from the driver within {within_s:.0f} s")
 
 
