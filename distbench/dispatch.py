@@ -32,6 +32,8 @@ from distbench.frames import (
 from distbench.samples import FAILED, PENDING, SampleLog
 
 FOREVER = 2**63 - 1
+BURST = 32
+"""So many queries are issued on end before the loop looks for what has completed."""
 WORD = "least outstanding, among equals the next in turn"
 """The rule, as a record names it."""
 COLUMNS = ("index", "scheduled", "ready", "issued", "completed", "count", "served_by")
@@ -147,13 +149,17 @@ def dispatch_loop(
     cells = log.cells()
     due, issued, counts, served = (cells[n] for n in ("scheduled", "issued", "count", "served_by"))
     outstanding, replicas, post = ledger.outstanding, len(ledger.outstanding), links.post
-    row, rows = 0, len(order)
+    row, rows, full = 0, len(order), False
     while (row < rows or ledger.flying) and not ledger.raised:
-        stamp = now()
-        while row < rows and due[row] <= stamp:
+        stamp, last = now(), min(row + BURST, rows)
+        while row < last and due[row] <= stamp:
             place = choose(outstanding, turn)
             if outstanding[place] >= backlog:
-                return True
+                if full:  # also after what has completed meanwhile was noted
+                    return True
+                full = True
+                break
+            full = False
             counts[row], served[row], issued[row] = 1, place, now()
             post(place, row, order[row])
             outstanding[place] += 1

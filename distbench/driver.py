@@ -42,7 +42,7 @@ from distbench.waiting import measure_spin_ns, quiet, schedstat, set_timer_slack
 from distbench.wire import Link, LinkClosed, Seat
 
 PR_SET_PDEATHSIG = 1
-SPIN_NS = int(os.environ.get("SPIN", "50000"))
+SPIN_NS = 50_000
 """A driver that spun for as long as a rank does would take a processor from a worker."""
 
 

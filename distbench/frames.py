@@ -37,6 +37,8 @@ DATA_LIMIT_BYTES = 64 << 20
 UNSENT_LIMIT_BYTES = 256 << 20
 """What may wait for an end that does not read; then its link is taken for broken."""
 USER_TIMEOUT_MS = 10_000
+WAIT_S = 1
+_LIMIT = struct.pack("ll", WAIT_S, 0)  # struct timeval
 
 Frame = tuple[int, int, int, bytes]
 """Kind, the two integers, and the data."""
@@ -55,7 +57,10 @@ class Channel:
     """
 
     def __init__(self, connection: socket.socket, name: str) -> None:
-        connection.setblocking(False)
+        # Blocking, with a limit, for ``await_frames``: one system call waits and reads. All else
+        # says MSG_DONTWAIT.
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _LIMIT)
         with contextlib.suppress(OSError):  # a socket pair of a test is no TCP
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, USER_TIMEOUT_MS)
@@ -86,7 +91,7 @@ class Channel:
         if not unsent:
             return True
         try:
-            sent = self.connection.send(unsent)
+            sent = self.connection.send(unsent, socket.MSG_DONTWAIT)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -111,14 +116,21 @@ class Channel:
             if left <= 0 or not select.select([], [self.connection], [], left)[1]:
                 raise ChannelLost(f"{self.name} did not read for {within_s:.0f} s")
 
-    def read(self) -> list[Frame]:
+    def await_frames(self) -> list[Frame]:
+        """Wait for frames for ``WAIT_S`` at most, and return them; raises what ``read`` does."""
+        return self.read(0)
+
+    def read(self, flags: int = socket.MSG_DONTWAIT) -> list[Frame]:
         """Return the frames that have arrived since the last call; none is an empty list.
+
+        Args:
+            flags: of the system call; 0 waits.
 
         Raises:
             ChannelLost: the other end is gone, or what it sent is no frame.
         """
         try:
-            size = self.connection.recv_into(self._view[self._filled :])
+            size = self.connection.recv_into(self._view[self._filled :], 0, flags)
         except BlockingIOError:
             return []
         except OSError as error:

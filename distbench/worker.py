@@ -70,14 +70,15 @@ class Inbox:
         """Forget how long nothing was heard before the window."""
         self.channel.heard = time.monotonic()
 
-    def read(self, since_ns: int | None = None) -> None:
+    def read(self, since_ns: int | None = None, *, wait: bool = False) -> None:
         """Take what has arrived.
 
         Args:
             since_ns: when it can have come at the earliest; None: now.
+            wait: for something to arrive, for ``frames.WAIT_S`` at most.
         """
         try:
-            frames = self.channel.read()
+            frames = self.channel.await_frames() if wait else self.channel.read()
             if not frames:
                 if self.channel.silent(time.monotonic()):
                     raise ChannelLost(f"nothing was heard from it for {SILENCE_S:.0f} s")
@@ -100,6 +101,9 @@ class Inbox:
 
     def wait(self, until_ns: int) -> None:
         """Wait for what arrives, until an instant at most, and take it."""
+        if until_ns == FOREVER:
+            self.read(wait=True)
+            return
         left = min(until_ns - self.now() - SPIN_NS, 1_000_000_000)
         select.select((self.channel,), (), (), max(0, left) / 1e9)
         self.read()
@@ -216,7 +220,7 @@ def _leave(channel: Channel, inbox: Inbox, code: int) -> None:
     except ChannelLost as error:
         inbox.problem = inbox.problem or str(error)
     while not inbox.over:
-        inbox.wait(inbox.now() + 1_000_000_000)
+        inbox.read(wait=True)
 
 
 class Preloaded:

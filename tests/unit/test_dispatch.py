@@ -211,6 +211,13 @@ def test_too_much_outstanding_at_every_replica_gives_the_window_up() -> None:
     assert (log.completed[:sent] == PENDING).sum() == 64
 
 
+def test_a_driver_that_was_held_up_notes_what_completed_before_it_gives_up() -> None:
+    """All are due at once; each batch of what is outstanding ends before the next is sent."""
+    log, _, halted = run([0] * 1_000, [[0] * 1_000], backlog=32)
+    assert not halted
+    assert (log.completed > 0).all()
+
+
 def test_a_system_that_raised_ends_the_window() -> None:
     servers, log = Servers([[10] * 100] * 2), made_log(np.arange(100) * 100)
     servers.raises = {7}
