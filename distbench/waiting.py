@@ -12,8 +12,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from distbench.clock import Now
+if TYPE_CHECKING:
+    from distbench.clock import Now
 
 PR_SET_TIMERSLACK = 29
 SPIN_LIMITS_NS = (200_000, 1_000_000)
