@@ -9,27 +9,28 @@ each query from its schedule. A row is one figure of each run: the share of the 
 delivered, (last - first scheduled) / (last - first issued); how late queries were issued; the
 latency; and in each round what central dispatch adds to the median latency. The driver, two ranks
 and their side threads want three processors of their own: on fewer the figures tell of the
-scheduler. `--namespaces` (root) puts the second rank into a network namespace of its own.
+scheduler, and so they do where other programs run: what those took stands beside each run.
+`--namespaces` (root) puts the second rank into a network namespace of its own.
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, Report, Row, load_average, parser
+from common import ROOT, Report, Row, parser
 
 from distbench.run import RankRecord, load_run
 
 ADDED_LIMIT_S = 120e-6
-SHARE_LEAST = 0.999
-TAIL = {"p90": 0.9, "max": 0.999}
 
 
 def environment() -> dict[str, str]:
@@ -59,9 +60,9 @@ def figures(out: Path) -> dict[str, Any]:
     return {
         "share": float((due[-1] - due[0]) / max(issued.max() - issued[0], 1)),
         "completed": float(good.mean()),
-        "p50": latency[len(latency) // 2] / 1e9,
-        "p99": latency[int(len(latency) * 0.99)] / 1e9,
-        "late": late[len(late) // 2] / 1e9,
+        "p50": float(latency[len(latency) // 2]) / 1e9,
+        "p99": float(latency[int(len(latency) * 0.99)]) / 1e9,
+        "late": float(late[len(late) // 2]) / 1e9,
         "harness": found["lateness.p50"]["value"],
     }
 
@@ -106,6 +107,18 @@ def across(qps: float, duration: str) -> dict[str, Any]:
         return figures(folders[0])
 
 
+def busy_s() -> float:
+    """Return the processor time of all programs since the machine began, s."""
+    numbers = Path("/proc/stat").read_text().split("\n")[0].split()[1:9]
+    user, nice, system, _idle, _wait, irq, softirq, _steal = map(int, numbers)
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def own_s() -> float:
+    """Return the processor time of this process and of those it started that have ended, s."""
+    return sum(os.times()[:4])
+
+
 def _ended(jobs: Sequence[subprocess.Popen[Any]]) -> None:
     for job in jobs:
         if job.wait(300) != 0:
@@ -118,11 +131,12 @@ def compare(report: Report, rounds: int, qps: float, duration: str, namespaces: 
     if namespaces:
         kinds["central, 2 namespaces"] = across
     told: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
-    loads = []
     for _ in range(rounds):
         for name, take in kinds.items():
+            begin, busy, own = time.monotonic(), busy_s(), own_s()
             told[name].append(take(qps, duration))
-            loads.append(load_average())
+            others = (busy_s() - busy - (own_s() - own)) / (time.monotonic() - begin)
+            told[name][-1]["others"] = max(0.0, others)
     rows = []
     first = next(iter(told.values()))
     for name, runs in told.items():
@@ -133,11 +147,11 @@ def compare(report: Report, rounds: int, qps: float, duration: str, namespaces: 
         )
         rows.append(Row("  delivered share", [each["share"] for each in runs]))
         rows.append(Row("  completed share", [each["completed"] for each in runs]))
+        rows.append(Row("  processors that other programs took", [r["others"] for r in runs]))
         if runs is not first:
             added = [1e6 * (a["p50"] - b["p50"]) for a, b in zip(runs, first, strict=True)]
             rows.append(Row("  added p50", added, "us", limit=1e6 * ADDED_LIMIT_S))
     report.table(f"{qps:,.0f} queries/s offered, {duration} each", rows)
-    report.say(f"load averages after each run: {', '.join(str(each) for each in loads)}")
 
 
 def main() -> None:
