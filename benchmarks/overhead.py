@@ -30,8 +30,9 @@ import numpy as np
 from common import Report, Row, interleave, parser, ratios
 
 from distbench.clock import now_ns
+from distbench.harness import measure_harness
 from distbench.offline import offline_loop
-from distbench.prepare import ALL_COLUMNS, groups_of, measure_harness
+from distbench.prepare import ALL_COLUMNS, groups_of
 from distbench.samples import PENDING, SampleLog
 from distbench.start import quiet
 from distbench.sut import FOREVER, Done, Indices, SystemUnderTest, collector

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import socket
 import subprocess
 import warnings
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import distbench
+from distbench import waiting
 from distbench.nvml import nvml_snapshot
 
 if TYPE_CHECKING:
@@ -82,17 +82,8 @@ def describe(device: Device) -> dict[str, Any]:
 
 
 def schedstat() -> tuple[int, int]:
-    """Return what the scheduler has done to the calling thread so far.
-
-    Returns:
-        Involuntary context switches, and ns spent ready to run without a processor; -1 where the
-        kernel does not say.
-    """
-    switches = resource.getrusage(resource.RUSAGE_THREAD).ru_nivcsw
-    try:
-        return switches, int((_PROC / "thread-self/schedstat").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return switches, -1
+    """Return what the scheduler has done to the calling thread; see ``waiting.schedstat``."""
+    return waiting.schedstat(_PROC)
 
 
 def memory_peak_bytes(device: Device) -> int | None:

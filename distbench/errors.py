@@ -20,6 +20,9 @@ EXIT_REGRESSION = 5
 EXIT_INCOMPLETE = 6
 EXIT_INTERRUPTED = 130
 
+DRIVER = -1
+"""Stands for the driver of central dispatch where a rank's number would."""
+
 
 class DistbenchError(Exception):
     """Base of every error raised on purpose.
@@ -54,14 +57,14 @@ class ClockError(DistbenchError):
 
 
 def where(rank: int, host: str) -> str:
-    """Name a rank as every message does.
+    """Name a rank, or the driver of central dispatch, as every message does.
 
     Args:
-        rank: global rank.
-        host: hostname of the rank.
+        rank: global rank; ``DRIVER`` for the driver.
+        host: hostname of it.
 
     Example:
         >>> where(1, "jw3")
         'rank 1 (jw3)'
     """
-    return f"rank {rank} ({host})"
+    return f"the driver ({host})" if rank == DRIVER else f"rank {rank} ({host})"

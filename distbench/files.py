@@ -89,3 +89,26 @@ def sha256_file(path: Path) -> str:
 def finite(value: float | int | None) -> float | int | None:
     """Return ``value``, or None where it is NaN or infinite: JSON has no such numbers."""
     return value if value is None or math.isfinite(value) else None
+
+
+def write_manifest(folder: Path) -> None:
+    """Write manifest.sha256, the hash of every file of a result directory, as sha256sum does."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    lines = [
+        f"{sha256_file(path)}  {path.relative_to(folder)}\n"
+        for path in paths
+        if path != folder / "manifest.sha256"
+    ]
+    write_bytes(folder / "manifest.sha256", "".join(lines).encode())
+
+
+def manifest_holds(folder: Path) -> bool:
+    """Tell whether every file that the manifest lists, result.json among them, is as it was."""
+    try:
+        lines = (folder / "manifest.sha256").read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+        return "result.json" in listed and all(
+            sha256_file(folder / name) == digest for name, digest in listed.items()
+        )
+    except (OSError, ValueError):
+        return False

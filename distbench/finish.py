@@ -17,7 +17,7 @@ from distbench.errors import IncompleteError, where
 from distbench.pool import Pool, series
 from distbench.quantiles import select
 from distbench.record import Recorder, write_report, write_result
-from distbench.run import RankRecord, Run, rank_folder, write_rank
+from distbench.run import RankRecord, Run, rank_folder, write_driver, write_rank
 from distbench.sut import SystemUnderTest, run_indices
 from distbench.verdict import result
 from distbench.windows import Windows, windows_result
@@ -157,7 +157,13 @@ def alike(one: Any, other: Any, within: float = TOLERANCE) -> bool:
     return bool(np.all(a == b))
 
 
-def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool = False) -> Run:
+def finish(
+    world: World,
+    recorder: Recorder,
+    before: dict[str, Any],
+    shard: bool = False,
+    driver: RankRecord | None = None,
+) -> Run:
     """Save this rank's folder, all-gather, and on rank 0 judge and write the result directory.
 
     Args:
@@ -165,6 +171,7 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
         recorder: the window, its ``after`` complete.
         before: this rank's rank.json.
         shard: whether the samples stay on their ranks, and all ranks judge together.
+        driver: the driver's record, under central dispatch.
 
     Returns:
         The run with all ranks' records, on every rank.
@@ -178,32 +185,9 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     except OSError as error:
         problem = f"{recorder.folder.own} could not be written: {error.strerror or error}"
     world.side.meet("gather")
-    after = {**recorder.after, "disk_error": problem}
-    told = world.gather_json([before, after])
-    own = recorder.log.rows[: recorder.after["used"]]
-    rows: list[Any] = [None] * world.world_size
-    tokens: list[Any] = [None] * world.world_size
-    rows[world.rank], tokens[world.rank] = own, recorder.log.token_ns
-    if not shard:
-        rows = list(world.gather_rows(own))
-        if recorder.log.token_ns is not None:
-            tokens = list(world.gather_rows(recorder.log.token_ns))
+    run = _gathered(world, recorder, before, {**recorder.told(), "disk_error": problem}, shard)
+    run = replace(run, driver=driver)
     world.side.meet("gathered")
-    run = Run(
-        world.world_size,
-        tuple(
-            RankRecord(
-                rank,
-                told[rank][0],
-                told[rank][1],
-                rows[rank],
-                elsewhere=shard and rank != world.rank,
-                token_ns=tokens[rank],
-            )
-            for rank in range(world.world_size)
-        ),
-        recorder.folder.path if world.rank == 0 else None,
-    )
     if shard:
         run = replace(run, judged=result(run, across_ranks(world, run)))
         world.side.meet("judged")
@@ -214,6 +198,40 @@ def finish(world: World, recorder: Recorder, before: dict[str, Any], shard: bool
     if failure:
         raise IncompleteError(failure)
     return run
+
+
+def _gathered(
+    world: World, recorder: Recorder, before: dict[str, Any], after: dict[str, Any], shard: bool
+) -> Run:
+    """All-gather what the ranks recorded; of sharded samples each rank has its own."""
+    told = world.gather_json([before, after])
+    own = recorder.log.rows[: after["used"]]
+    rows: list[Any] = [None] * world.world_size
+    tokens: list[Any] = [None] * world.world_size
+    stamps = recorder.log.token_ns
+    own_stamps = None if stamps is None else stamps[: after["used"]]
+    rows[world.rank], tokens[world.rank], here = own, own_stamps, range(world.world_size)
+    if shard:
+        here = range(world.rank, world.rank + 1)
+    else:
+        rows = list(world.gather_rows(own))
+        if own_stamps is not None:
+            tokens = list(world.gather_rows(own_stamps))
+    return Run(
+        world.world_size,
+        tuple(
+            RankRecord(
+                rank,
+                told[rank][0],
+                told[rank][1],
+                each,
+                elsewhere=rank not in here,
+                token_ns=tokens[rank],
+            )
+            for rank, each in enumerate(rows)
+        ),
+        recorder.folder.path if world.rank == 0 else None,
+    )
 
 
 def write_windows(world: World, folder: Path, results: dict[str, dict[str, Any]]) -> Windows:
@@ -283,6 +301,8 @@ def _write(path: Path, run: Run) -> str:
             # The name of the directory is unique, so a folder that is here came over a shared disk.
             if not (own / "done.json").exists():
                 write_rank(own, record)
+        if run.driver is not None:
+            write_driver(path, run.driver)
         write_report(path)
     except OSError as error:
         return (

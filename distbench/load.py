@@ -23,7 +23,7 @@ from distbench.loadgen_rng import LEMIRE, WHOLE, Order, loadable_set, sample_ord
 from distbench.rounds import MIN_DURATION_NS, MIN_QUERIES, Seeds
 from distbench.rules import Rules
 
-DISPATCHES = ("static", "central")
+DISPATCHES, PAYLOADS = ("static", "central"), ("index", "data")
 BACKLOG_S = 2.0
 """So many seconds of arrivals may be outstanding, or four times the largest bound or the longest
 group of the warm-up; then a window is given up: a queue that long does not shrink at a rate that
@@ -45,6 +45,9 @@ class Load:
         bounds: limits of the user's own.
         probe_ns: above 0, the peak under the bounds is searched for, with probes at least so long;
             see ``auto``.
+        payload: what crosses the wire under central dispatch, "index" or "data".
+        driver: ADDR:PORT of a driver that was started by hand; "": rank 0 starts one.
+        driver_token: the file of its token, on rank 0's host.
 
     Raises:
         UsageError: a value is out of its range.
@@ -57,6 +60,9 @@ class Load:
     max_wait_ns: int = 0
     bounds: tuple[Bound, ...] = ()
     probe_ns: int = 0
+    payload: str = "index"
+    driver: str = ""
+    driver_token: str = ""
 
     def __post_init__(self) -> None:
         if self.searched:
@@ -70,6 +76,7 @@ class Load:
             raise UsageError(
                 f"dispatch {self.dispatch!r} is neither static nor central (--dispatch)"
             )
+        self._check_central()
         if self.max_batch < 1:
             raise UsageError(f"groups of {self.max_batch} queries are below 1 (--max-batch)")
         if self.max_wait_ns < 0:
@@ -90,6 +97,11 @@ class Load:
             raise UsageError(
                 "a trace has its own rate, so there is none to search for: leave out --target-qps "
                 "auto, or give --arrival poisson"
+            )
+        if self.dispatch == "central":
+            raise UsageError(
+                "a search for the peak deals its queries out before each window: leave out "
+                "--dispatch central, and measure the rate that is found with it afterwards"
             )
 
     @property
@@ -117,6 +129,16 @@ class Load:
     def at(self, target_qps: float) -> Load:
         """Return the load of one window at this rate."""
         return replace(self, target_qps=target_qps, probe_ns=0)
+
+    def _check_central(self) -> None:
+        if self.payload not in PAYLOADS:
+            raise UsageError(f"payload {self.payload!r} is neither index nor data (--payload)")
+        asked = [("--payload", self.payload != "index"), ("--driver", bool(self.driver))]
+        named = [name for name, given in asked if given]
+        if named and self.dispatch != "central":
+            raise UsageError(f"{named[0]} is for central dispatch: give --dispatch central")
+        if bool(self.driver) != bool(self.driver_token):
+            raise UsageError("a driver is called with its token: give --driver and --driver-token")
 
 
 def check_arrival(text: str) -> str:

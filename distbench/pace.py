@@ -45,7 +45,8 @@ def pace_found(
         found += _cost_of_latency(run, figures)
     if not span.value_ns:
         return found
-    found += _start_late(run, times, span.value_ns)
+    if run.driver is None:  # else queries wait for a late rank, and their latencies tell
+        found += _start_late(run, times, span.value_ns)
     if kind.headline == "throughput":
         found += _clock_bound(span) + _cost_of_time(run, times, span.value_ns)
     if kind.open_loop:
@@ -56,7 +57,7 @@ def pace_found(
 
 def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
     """Return the finding that a window was given up: what was offered is more than is completed."""
-    halted = [r for r in run.present if (r.after or {}).get("halted")]
+    halted = [r for r in run.official if (r.after or {}).get("halted")]
     if not halted:
         return []
     load, made = run.first.before["load"], run.first.before["schedule"]
@@ -66,14 +67,16 @@ def _overloaded(run: Run, times: list[RankTimes]) -> list[Finding]:
         if t.finished_ns is not None and t.scheduled_ns is not None
     ]
     capacity_qps = sum(rates)
+    waiting = (
+        "due and not done on one replica" if run.driver is None else "outstanding at every replica"
+    )
     return [
         Finding(
             "invalid",
             "overloaded",
             f"{load['target_qps']:g} queries/s were offered and {capacity_qps:.4g} completed, so "
-            f"that more than {made['backlog']} were due and not done on one replica: the window "
-            f"was given up with {sum(t.pending for t in times):,} of {made['queries']:,} queries "
-            "left",
+            f"that more than {made['backlog']} were {waiting}: the window was given up with "
+            f"{sum(t.pending for t in times):,} of {made['queries']:,} queries left",
             value=capacity_qps,
             limit=load["target_qps"],
             remedy="offer less than what is completed (--target-qps), let groups be larger "

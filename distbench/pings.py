@@ -64,6 +64,17 @@ def _await_pong(link: Link, t0: int, other: Other) -> tuple[int, int, int] | Non
         link.connection.settimeout(limit_s)
 
 
+def answer_ping(link: Link, payload: bytes, now: Now) -> int:
+    """Answer one ping; returns how many are to follow.
+
+    Raises:
+        LinkClosed: the asking side is gone.
+    """
+    t0, left = _PING.unpack(payload)
+    link.send(wire.PONG, _PONG.pack(t0, link.arrived_ns, now()))
+    return int(left)
+
+
 def answer_pings(link: Link, payload: bytes, now: Now, other: Other) -> None:
     """Answer a ping, and stay for the rest of its series; the answering side.
 
@@ -80,9 +91,7 @@ def answer_pings(link: Link, payload: bytes, now: Now, other: Other) -> None:
     link.connection.settimeout(TRIP_TIMEOUT_S)
     try:
         while True:
-            t0, left = _PING.unpack(payload)
-            link.send(wire.PONG, _PONG.pack(t0, link.arrived_ns, now()))
-            if not left:
+            if not answer_ping(link, payload, now):
                 return
             kind, payload = link.receive()
             if kind != wire.PING:

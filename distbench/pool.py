@@ -36,7 +36,7 @@ class Pool:
     Attributes:
         run: its records.
         gather: takes a function of a record, returns its JSON-able value for each record of
-            ``run.present``, in order.
+            ``run.official``, in order.
         order: takes a series' name and zero-based positions in the sorted series over all ranks,
             returns the values there.
     """
@@ -48,15 +48,17 @@ class Pool:
 
 def in_one_place(run: Run) -> Pool:
     """Return the pool of a run whose samples are all in its records."""
-    ordered: dict[str, Series] = {}
+    from distbench.joined import official  # noqa: PLC0415  which joins what this module reads
+
+    records, ordered = official(run), dict[str, Series]()
 
     def order(name: str, places: Sequence[int]) -> list[int]:
         if name not in ordered:
-            parts = [series(record, name) for record in run.present]
+            parts = [series(record, name) for record in records]
             ordered[name] = np.sort(np.concatenate(parts))
         return [int(ordered[name][place]) for place in places]
 
-    return Pool(run, lambda fact: [fact(record) for record in run.present], order)
+    return Pool(run, lambda fact: [fact(record) for record in records], order)
 
 
 def series(record: RankRecord, name: str) -> Series:
@@ -66,7 +68,7 @@ def series(record: RankRecord, name: str) -> Series:
         record: of the rank; a record without samples gives an empty series.
         name: one of its scenario's; see ``scenarios``.
     """
-    return _SERIES[name](record)
+    return record.made[name] if name in record.made else _SERIES[name](record)
 
 
 def _kind(record: RankRecord) -> Scenario:
@@ -87,11 +89,11 @@ def _service(record: RankRecord) -> Series:
     if _kind(record).open_loop:
         return _per_sample(record, "started", "finished")
     started, finished = record.first_rows("started"), record.first_rows("finished")
-    possible = _possible(record.first_rows, started)
-    return np.asarray(finished[possible] - started[possible])
+    true = possible(record.first_rows, started)
+    return np.asarray(finished[true] - started[true])
 
 
-def _possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
+def possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
     """Tell which groups, or which samples, have stamps of the engine that can be true.
 
     A group is handed over before the engine starts it, and has ended there before it completes:
@@ -114,7 +116,7 @@ def _contradicting(record: RankRecord) -> int:
     untrue = 0
     if len(started) and len(finished):
         stamped = (started != 0) & (finished != 0)
-        untrue = int((stamped & ~_possible(record.first_rows, started)).sum())
+        untrue = int((stamped & ~possible(record.first_rows, started)).sum())
     good = record.column("completed") >= 0
     if "tokens" not in record.before["columns"]:
         return untrue
@@ -128,14 +130,14 @@ def _possible_tokens(record: RankRecord) -> NDArray[np.bool_]:
     """
     good = record.column("completed") >= 0
     first, completed = record.column("first_token")[good], record.column("completed")[good]
-    possible = (record.column("issued")[good] <= first) & (first <= completed) & (first != 0)
+    true = (record.column("issued")[good] <= first) & (first <= completed) & (first != 0)
     if record.token_ns is None or not good.any():
-        return np.asarray(possible)
+        return np.asarray(true)
     stamps, tokens = record.token_ns[good], record.column("tokens")[good]
     inside = np.arange(stamps.shape[1] - 1) < tokens[:, None] - 1
     ordered = ((np.diff(stamps, axis=1) >= 0) | ~inside).all(axis=1)
     last = stamps[np.arange(len(stamps)), np.clip(tokens, 1, stamps.shape[1]) - 1]
-    return np.asarray(possible & ordered & (last <= completed) & (stamps[:, 0] == first))
+    return np.asarray(true & ordered & (last <= completed) & (stamps[:, 0] == first))
 
 
 def _lateness(record: RankRecord) -> Series:
@@ -193,21 +195,21 @@ def _of_every_query(record: RankRecord, name: str) -> Series:
         return np.full(int(good.sum()), NONE)
     begin = "issued" if _kind(record).stream else "scheduled"
     first, tokens = record.column("first_token")[good], record.column("tokens")[good]
-    possible = _possible_tokens(record)
+    true = _possible_tokens(record)
     if name == "ttft":
-        return np.where(possible, first - record.column(begin)[good], NONE)
+        return np.where(true, first - record.column(begin)[good], NONE)
     after = (record.column("completed")[good] - first) // np.maximum(tokens - 1, 1)
-    return np.where(possible & (tokens > 1), after, NONE)
+    return np.where(true & (tokens > 1), after, NONE)
 
 
 def _gap(record: RankRecord) -> Series:
     """Return the times between neighbouring tokens of all queries that completed, in order."""
     if record.token_ns is None:
         return np.zeros(0, np.int64)
-    good, possible = record.column("completed") >= 0, _possible_tokens(record)
+    good, true = record.column("completed") >= 0, _possible_tokens(record)
     gaps, tokens = np.diff(record.token_ns[good], axis=1), record.column("tokens")[good]
     between = np.arange(gaps.shape[1]) < tokens[:, None] - 1
-    return np.asarray(gaps[between & possible[:, None]])
+    return np.asarray(gaps[between & true[:, None]])
 
 
 def within(record: RankRecord, bounds: Sequence[Bound]) -> int:
@@ -238,7 +240,7 @@ def _known(record: RankRecord, name: str) -> NDArray[np.bool_]:
     if name in ("started", "finished"):
         if not {"started", "finished"} <= set(record.before["columns"]):
             return np.zeros(int(good.sum()), np.bool_)
-        return _possible(lambda each: record.column(each)[good], record.column("started")[good])
+        return possible(lambda each: record.column(each)[good], record.column("started")[good])
     return np.asarray(record.column(name)[good] > 0)
 
 

@@ -5,17 +5,21 @@ Nothing here is timed for a report; it fixes all that the timed loop must not de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from distbench.clock import Now
 from distbench.errors import UsageError
-from distbench.samples import PENDING, SampleLog
+from distbench.samples import SampleLog
 from distbench.settings import SAMPLE_LIMIT, Settings
-from distbench.sut import Collect, Done, Indices, SystemUnderTest, collector
+from distbench.sut import Collect, Indices, SystemUnderTest, collector
+
+if TYPE_CHECKING:
+    from distbench.record import Folder
+    from distbench.run import RankRecord
 
 PLANNED_LIMIT = 50_000_000
 """Samples of one rank that a duration may ask for, a log of 3.2 GB; a number may ask for more."""
@@ -23,7 +27,6 @@ KEPT_GROUPS = 256
 """Groups of a rank whose outputs are kept and checked afterwards."""
 HEADROOM = 1.1
 """A window planned from the warm-up rate rather lasts a little too long than too short."""
-HARNESS_BATCHES, HARNESS_BLOCKS = 400, 15
 CHUNK_NS, CHUNK_ROWS = 50_000_000, 65_536
 """A stretch of warm-up is at least so long, or has so many samples."""
 SHAPES = 64
@@ -82,12 +85,27 @@ class Cue:
         wait: waits for an instant on the clock, without work.
         halt: one truth, whether the window is given up; any rank's loop may set it, and the side
             threads carry it to the others.
+        start_ns: the agreed instant, on this rank's clock.
     """
 
     now: Now
     begin: Callable[[], None]
     wait: Callable[[int], Any]
     halt: list[bool]
+    start_ns: int = 0
+
+
+class Central(Protocol):
+    """What a window needs of central dispatch, beside its loop; see ``central``."""
+
+    def load(self, sut: SystemUnderTest, order: Indices) -> None:
+        """Load samples at the driver's word."""
+
+    def open(self, folder: Folder, before: Mapping[str, Any]) -> None:
+        """Let the driver make its log."""
+
+    def record(self, after: dict[str, Any]) -> RankRecord:
+        """Return what the driver recorded, on every rank; ``after`` takes its clock."""
 
 
 Drive = Callable[[SystemUnderTest, SampleLog, Part, Collect, Cue], None]
@@ -104,6 +122,7 @@ class Course:
         drive: the window's own.
         part: makes this rank's part, from (rank, sut, settings, warm-up rates of all ranks).
         columns: what its log has beside the optional ones.
+        central: the way to the driver, under central dispatch.
     """
 
     scenario: str
@@ -112,6 +131,7 @@ class Course:
     drive: Drive
     part: Callable[[int, SystemUnderTest, Settings, Sequence[float]], Part]
     columns: tuple[str, ...] = ALL_COLUMNS
+    central: Central | None = None
 
 
 @dataclass(frozen=True)
@@ -264,63 +284,6 @@ def stay_on_ranks(settings: Settings, counts: Sequence[int]) -> bool:
     if len(counts) == 1:
         return False
     return settings.samples == "shard" or (not settings.samples and sum(counts) > SAMPLE_LIMIT)
-
-
-class _Nothing:
-    """A SUT that does nothing; what a loop over it takes is the harness's own."""
-
-    def __init__(self, depth: int) -> None:
-        self.total = self.resident = 1
-        self.depth = depth
-        self._rows: list[Done] = []
-
-    def load(self, indices: Indices) -> None: ...
-    def unload(self, indices: Indices) -> None: ...
-    def issue(self, row: int, indices: Indices, data: Sequence[bytes] | None = None) -> None:
-        self._rows.append(Done(row, len(indices), indices))
-
-    def poll(self, until_ns: int) -> Sequence[Done]:
-        ended, self._rows = self._rows, []
-        return ended
-
-    def close(self) -> None: ...
-
-
-def measure_harness(
-    loop: Loop, depth: int, batch_size: int, now: Now, columns: Sequence[str] = ALL_COLUMNS
-) -> dict[str, Any]:
-    """Time the loop over a SUT that does nothing, in blocks that alternate with bare clock reads.
-
-    Args:
-        loop: the scenario's.
-        depth: of the SUT that will be measured.
-        batch_size: rows of a group.
-        now: the clock.
-        columns: of the log.
-
-    Returns:
-        Raw block times in ns (``loop_ns``, ``clock_ns``) with ``batches`` and ``reads`` a block.
-    """
-    # One row a group, whatever its size: a larger log would only show as the run's memory.
-    log = SampleLog.in_memory(HARNESS_BATCHES, columns)
-    indices = np.arange(batch_size)
-    loops, clocks = [], []
-    for _ in range(HARNESS_BLOCKS):
-        log.completed[:] = PENDING
-        begin = now()
-        groups = ((row, indices[:batch_size]) for row in range(HARNESS_BATCHES))
-        loop(_Nothing(depth), log, groups, collector(log, {}, [], now), now)
-        loops.append(now() - begin)
-        begin = now()
-        for _ in range(HARNESS_BATCHES):
-            now()
-        clocks.append(now() - begin)
-    return {
-        "loop_ns": loops,
-        "clock_ns": clocks,
-        "batches": HARNESS_BATCHES,
-        "reads": HARNESS_BATCHES,
-    }
 
 
 def groups_of(order: Indices, batch_size: int) -> Groups:

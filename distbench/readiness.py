@@ -13,6 +13,7 @@ import numpy as np
 
 from distbench import record, start
 from distbench.errors import ModelError, UsageError
+from distbench.harness import measure_harness
 from distbench.load import backlog_limit
 from distbench.preamble import agree_on_run
 from distbench.prepare import (
@@ -20,7 +21,6 @@ from distbench.prepare import (
     Loop,
     Part,
     Warmup,
-    measure_harness,
     shapes,
     share_out,
     warm_up,
@@ -98,7 +98,7 @@ def prepare(
     start.set_timer_slack()
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
     start.synchronize(world, "first")
-    warm = _warm(course.loop, sut, world, settings)
+    warm = _warm(course, sut, world, settings)
     warm, rates, most, slowest_ns = _told_by_all(world, sut, warm)
     settings = first(settings, rates)
     part = part_of(course, sut, world, settings, rates, slowest_ns)
@@ -175,7 +175,7 @@ def _unjudged(course: Course, sut: SystemUnderTest, settings: Settings) -> Usage
     return None
 
 
-def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
+def _warm(course: Course, sut: SystemUnderTest, world: World, settings: Settings) -> Warmup:
     """Load the samples and warm up; a failure on any rank stops all with its sentence."""
     size = settings.group
     if settings.num_samples is not None:
@@ -185,8 +185,8 @@ def _warm(loop: Loop, sut: SystemUnderTest, world: World, settings: Settings) ->
     problem, warm = None, Warmup(0.0, 0, 0, ())
     try:
         with record.watched(world, setup_limit_s(settings)) as tell:
-            sut.load(order)
-            warm = warm_up(loop, sut, size, settings.warmup_ns, order, world.now, tell)
+            (course.central.load(sut, order) if course.central else sut.load(order))
+            warm = warm_up(course.loop, sut, size, settings.warmup_ns, order, world.now, tell)
     except Exception as error:  # the user's model: any exception is a sentence on every rank
         problem = _failed_warm_up(error)
     world.check("warm-up", problem)

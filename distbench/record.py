@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from distbench import files
 from distbench.errors import UsageError, where
+from distbench.files import write_manifest
 from distbench.liveness import IDLE
-from distbench.run import Run, rank_folder, write_done, write_manifest
+from distbench.run import Run, rank_folder, write_done
 from distbench.samples import SampleLog
 from distbench.windows import load_run
 from distbench.wire import End
@@ -253,6 +254,10 @@ class Recorder:
                 return
             self._flushed = ended
 
+    def told(self) -> dict[str, Any]:
+        """Return what after.json says, as of now."""
+        return {**self.after, "used": self.log.used[0]}
+
     def save_after(self) -> None:
         """Write after.json and done.json.
 
@@ -261,7 +266,7 @@ class Recorder:
         """
         with self._saving:
             # A copy: the loop's thread may add to it while the side thread writes.
-            files.write_json(self.folder.own / "after.json", dict(self.after))
+            files.write_json(self.folder.own / "after.json", self.told())
             write_done(self.folder.own)
             self.saved = self.after["end"] is None
 
@@ -309,6 +314,8 @@ class Recorder:
             for path in self.folder.own.parent.iterdir()
             if path.name.isdigit() and int(path.name) != self.world.rank
         ]
+        driver = self.folder.path / "driver"
+        others += [driver] * driver.exists()
         while time.monotonic() < deadline:
             if all((path / "done.json").exists() for path in others):
                 return

@@ -8,6 +8,7 @@
                       after.json     written after it
                       done.json      sha256 of the other files of this rank
         ranks/00001/  ...
+        driver/       driver.json, samples.npy, after.json, done.json: of central dispatch
 
 Every figure in ``result.json`` is a function of the rank folders alone (``metrics``, ``verdict``),
 which is what ``verify`` recomputes.
@@ -15,7 +16,8 @@ which is what ``verify`` recomputes.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from numpy.typing import NDArray
 
 from distbench import files
 from distbench.clock import ClockModel, Exchange
-from distbench.errors import DistbenchError, UsageError, where
+from distbench.errors import DRIVER, DistbenchError, UsageError, where
 from distbench.findings import Finding
 from distbench.samples import npy_bytes, read_rows, spread_column
 
@@ -48,6 +50,7 @@ class RankRecord:
         token_ns: shape (used, most tokens), int64, ns, as in tokens.npy; None without one.
         elsewhere: whether its samples stay on that rank, which is another: ``rows`` is None, and
             nothing is lost.
+        made: series that were made of this log and others together, by name; see ``joined``.
     """
 
     rank: int
@@ -57,6 +60,7 @@ class RankRecord:
     problem: str = ""
     elsewhere: bool = False
     token_ns: Rows | None = None
+    made: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def host(self) -> str:
@@ -106,12 +110,14 @@ class Run:
         folder: where it is stored; None while it is only in memory.
         judged: the result, where all ranks made it of samples that stay on them and it cannot be
             made here.
+        driver: the driver's record, under central dispatch: the official log.
     """
 
     world_size: int
     records: tuple[RankRecord | None, ...]
     folder: Path | None = None
     judged: dict[str, Any] | None = None
+    driver: RankRecord | None = None
 
     @property
     def first(self) -> RankRecord:
@@ -122,6 +128,11 @@ class Run:
     def present(self) -> list[RankRecord]:
         """The records there are."""
         return [r for r in self.records if r is not None]
+
+    @property
+    def official(self) -> list[RankRecord]:
+        """The records whose logs time the samples: the driver's where there is one."""
+        return self.present if self.driver is None else [self.driver]
 
     @property
     def missing(self) -> list[int]:
@@ -205,7 +216,8 @@ def load_run(folder: Path | str) -> Run:
             f"{folder} mixes rank folders of different runs: {', '.join(sorted(runs))}"
         )
     size = sizes.pop()
-    run = Run(size, tuple(records.get(rank) for rank in range(size)), folder)
+    every = tuple(records.get(rank) for rank in range(size))
+    run = Run(size, every, folder, driver=_read_driver(folder, next(iter(records.values()))))
     return replace(run, judged=_judged_by_all(run, folder))
 
 
@@ -224,7 +236,7 @@ def _judged_by_all(run: Run, folder: Path) -> dict[str, Any] | None:
         same = result["run_id"] == run.first.before["run_id"]
     except (UsageError, LookupError, TypeError, ValueError):
         return None
-    if not same or sorted(hosts) != list(range(run.world_size)) or not manifest_holds(folder):
+    if not same or sorted(hosts) != list(range(run.world_size)) or not files.manifest_holds(folder):
         return None
     absent = [where(rank, hosts[rank]) for rank in run.missing]
     shown = ", ".join(absent[:8]) + (f" and {len(absent) - 8} more" if len(absent) > 8 else "")
@@ -236,18 +248,6 @@ def _judged_by_all(run: Run, folder: Path) -> dict[str, Any] | None:
         remedy="to recompute it, copy the folders of the other ranks beside those that are here",
     )
     return {**result, "verdict": {**result["verdict"], "findings": [*told, asdict(note)]}}
-
-
-def manifest_holds(folder: Path) -> bool:
-    """Tell whether every file that the manifest lists, result.json among them, is as it was."""
-    try:
-        lines = (folder / "manifest.sha256").read_text(encoding="utf-8").splitlines()
-        listed = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        return "result.json" in listed and all(
-            files.sha256_file(folder / name) == digest for name, digest in listed.items()
-        )
-    except (OSError, ValueError):
-        return False
 
 
 def _check_place(path: Path, rank: int, record: RankRecord) -> None:
@@ -269,20 +269,47 @@ def _rank_folders(folder: Path) -> list[Path]:
         ) from error
 
 
-def read_record(path: Path) -> RankRecord:
-    """Read one rank's folder.
+def _read_driver(folder: Path, first: RankRecord) -> RankRecord | None:
+    """Read the driver's folder; what is damaged or missing gives a record that says so."""
+    load = first.before.get("load") or {}
+    if load.get("dispatch") != "central":
+        return None
+    try:
+        return read_record(folder / "driver", "driver.json")
+    except UsageError as error:
+        return no_driver(first.before, str(error))
+
+
+def no_driver(before: Mapping[str, Any], problem: str) -> RankRecord:
+    """Return the record of a driver that left nothing.
+
+    Args:
+        before: rank.json of a rank.
+        problem: what is known of it.
+    """
+    clock = {"domain": "", "leader": DRIVER, "exchanges": []}
+    made = {"scenario": before["scenario"], "host": "?", "columns": [], "clock": clock}
+    return RankRecord(DRIVER, {**made, "rank": DRIVER}, None, None, problem)
+
+
+def read_record(path: Path, name: str = "rank.json") -> RankRecord:
+    """Read one rank's folder, or the driver's.
+
+    Args:
+        path: the folder.
+        name: of the file that was written before the window.
 
     Raises:
-        UsageError: rank.json is missing or damaged, so nothing else can be understood.
+        UsageError: that file is missing or damaged, so nothing else can be understood.
     """
-    before = files.read_json(path / "rank.json")
+    before = files.read_json(path / name)
     try:
         rank, columns, version = int(before["rank"]), before["columns"], before["schema_version"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{path / 'rank.json'} lacks {error}") from error
+        raise UsageError(f"{path / name} lacks {error}") from error
     if version != SCHEMA_VERSION:
         raise UsageError(
-            f"{path / 'rank.json'} has schema version {version}; this distbench reads "
+            f"{path / name} has schema version {version}; this distbench reads "
             f"{SCHEMA_VERSION}: use the version that wrote it"
         )
     after: dict[str, Any] | None = None
@@ -294,7 +321,8 @@ def read_record(path: Path) -> RankRecord:
         problem = str(error)
     try:
         rows = read_rows(path / "samples.npy", columns)
-        rows = rows[: int(after["used"])] if after is not None else rows
+        used = int(after["used"]) if after is not None else came(rows, columns)
+        rows = rows[:used]
         token_ns = _read_tokens(path, before, rows)
     except UsageError as error:
         problem = str(error)
@@ -308,18 +336,29 @@ def _read_tokens(path: Path, before: dict[str, Any], rows: Rows) -> Rows | None:
     return read_rows(path / "tokens.npy", [str(n) for n in range(most)])[: len(rows)]
 
 
-def write_rank(path: Path, record: RankRecord) -> None:
+def came(rows: Rows, columns: Sequence[str]) -> int:
+    """Return how many rows of a rank that was killed have a sample.
+
+    Under central dispatch those whose query came.
+    """
+    if "query" not in columns:
+        return len(rows)
+    return int((rows[:, list(columns).index("query")] >= 0).sum())
+
+
+def write_rank(path: Path, record: RankRecord, name: str = "rank.json") -> None:
     """Write another rank's folder from what was gathered; its done.json proves the copy.
 
     Args:
         path: the rank's folder; made here.
         record: complete, and with the ``done`` document under ``after["done"]`` removed already.
+        name: of the file that was written before the window.
 
     Raises:
         OSError: the disk is full or the folder cannot be written.
     """
     path.mkdir(parents=True, exist_ok=True)
-    files.write_json(path / "rank.json", record.before)
+    files.write_json(path / name, record.before)
     if record.rows is not None:
         files.write_bytes(path / "samples.npy", npy_bytes(record.rows))
     if record.token_ns is not None:
@@ -329,20 +368,20 @@ def write_rank(path: Path, record: RankRecord) -> None:
     write_done(path)
 
 
+def write_driver(folder: Path, record: RankRecord) -> None:
+    """Write driver/ of a result directory, unless the driver itself has, over a shared disk.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written.
+    """
+    own = folder / "driver"
+    if not (own / "done.json").exists():
+        write_rank(own, record, "driver.json")
+
+
 def write_done(path: Path) -> dict[str, str]:
     """Write done.json: the SHA-256 of every other file of a rank's folder; returns them by name."""
     names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
     hashes = {name: files.sha256_file(path / name) for name in names if name != "done.json"}
     files.write_json(path / "done.json", {"files": hashes})
     return hashes
-
-
-def write_manifest(folder: Path) -> None:
-    """Write manifest.sha256, the hash of every file of a result directory, as sha256sum does."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    lines = [
-        f"{files.sha256_file(path)}  {path.relative_to(folder)}\n"
-        for path in paths
-        if path != folder / "manifest.sha256"
-    ]
-    files.write_bytes(folder / "manifest.sha256", "".join(lines).encode())

@@ -82,13 +82,15 @@ def _merge_window(folders: Sequence[Path]) -> Path:
             continue  # that host did not come so far
         if not (other / "ranks").is_dir():
             raise UsageError(f"{other} is no result directory: it has no folder ranks/")
-        for path in sorted((other / "ranks").glob("[0-9]*")):
-            own = target / "ranks" / path.name
+        paths = [*sorted((other / "ranks").glob("[0-9]*")), *other.glob("driver")]
+        for path in paths:
+            own = target / path.relative_to(other)
             # What rank 0 could not finish to write for another rank has no done.json.
             if own.exists() and ((own / "done.json").exists() or not (path / "done.json").exists()):
                 continue
             try:
-                found = read_record(path).before["run_id"]
+                name = "driver.json" if path.name == "driver" else "rank.json"
+                found = read_record(path, name).before["run_id"]
             except UsageError as error:  # the other ranks are worth a report all the same
                 sys.stderr.write(f"distbench: {path} is left out: {error}\n")
                 continue

@@ -40,12 +40,14 @@ COLUMNS = (
     "served_by",
     "tokens",
     "first_token",
+    "query",
 )
 """Every column there is, in file order; a log has those that its scenario fills.
 
 index: sample index. scheduled, ready, issued, started, finished, completed, first_token: ns on this
 rank's clock; ready is when the loop could have issued the group. device: device time of the group,
 ns. count: rows of the group, in its first row, else 0. served_by: rank. tokens: tokens of the row.
+query: its number in the driver's log, under central dispatch.
 """
 
 SPREAD = ("ready", "issued", "started", "finished", "completed", "served_by")
@@ -69,6 +71,7 @@ class SampleLog:
         idle: one truth, whether the loop waits with nothing in flight; likewise.
         token_ns: shape (capacity, most tokens), int64, ns, a stamp per token of each row, 0 behind
             the last one; None where tokens are not recorded.
+        used: one number, the rows that have a sample; under central dispatch they come one by one.
     """
 
     index: Array
@@ -82,11 +85,13 @@ class SampleLog:
     count: Array
     tokens: Array
     first_token: Array
+    served_by: Array
+    query: Array
 
     def __init__(self, rows: Array, columns: Sequence[str]) -> None:
         self.columns = tuple(columns)
         self.rows = rows
-        self.ended, self.idle = [0], [False]
+        self.ended, self.idle, self.used = [0], [False], [len(rows)]
         self.token_ns: Array | None = None
         self._files: list[tuple[mmap.mmap, Path]] = []
         for position, name in enumerate(self.columns):

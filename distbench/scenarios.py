@@ -7,7 +7,6 @@ judges or reports asks here, and an unknown scenario is refused, never judged as
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distbench.cli import nearest
@@ -31,7 +30,7 @@ class Scenario:
 
     name: str
     headline: str
-    series: Mapping[str, str]
+    series: dict[str, str]
     drained: bool = False
     stream: bool = False
     percentile: float = 0.0
@@ -91,6 +90,18 @@ SCENARIOS = {
         Scenario("multistream", "latency.p99", STREAM, stream=True, percentile=0.99),
     )
 }
+
+
+CENTRAL = {
+    "latency": "completion message - scheduled, per query, on the driver's clock",
+    "batch_latency": "completion - issue, per group, on its rank's clock",
+    "lateness": "issue - scheduled on the driver + issue - ready on the rank, per query: by how "
+    "much the harness was late",
+    "queue": "engine's start - driver's issue - lateness of the rank, per query, by the clocks",
+    "service": "engine's end - engine's start, per query, on its rank's clock",
+    "return": "completion message - engine's end, per query, by the clocks: the rest",
+}
+"""What Server's series are under central dispatch, where a query meets two clocks."""
 
 
 def scenario(name: str) -> Scenario:

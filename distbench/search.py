@@ -161,7 +161,7 @@ def judged(queries: int, over: int, quantile: float) -> tuple[str, bool, str]:
         The word, whether the percentile itself is within the limit, and what decided.
 
     Example:
-        >>> [judged(1000, over, 0.99)[:2] for over in (2, 3, 11, 18)]
+        >>> [judged(1000, over, 0.99)[:2] for over in (2, 3, 11, 19)]
         [('pass', True), ('unclear', True), ('unclear', False), ('fail', False)]
     """
     if queries == 0:

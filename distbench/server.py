@@ -36,7 +36,16 @@ from distbench.cli import (
 from distbench.clock import Now
 from distbench.command import measure_joined, options_but, run_scenario, start_command
 from distbench.errors import UsageError
-from distbench.load import Load, check_arrival, check_trace, schedule
+from distbench.load import (
+    DISPATCHES,
+    PAYLOADS,
+    Load,
+    Schedule,
+    backlog_limit,
+    check_arrival,
+    check_trace,
+    schedule,
+)
 from distbench.offline import offline_loop
 from distbench.prepare import ALL_COLUMNS, Course, Cue, Groups, Part
 from distbench.rules import parse_rules
@@ -119,13 +128,13 @@ def drive(sut: SystemUnderTest, log: SampleLog, part: Part, collect: Collect, cu
     )
 
 
-def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]) -> Part:
-    """Draw the schedule, the same on every rank, and return this rank's queries of it.
+def draw(sut: SystemUnderTest, settings: Settings, replicas: int) -> Schedule:
+    """Draw the schedule, the same on every rank, with what the loops need beside it.
 
     Raises:
         UsageError: the load cannot be used; all ranks raise it alike.
     """
-    load, replicas = settings.load, len(rates)
+    load = settings.load
     assert load is not None
     check_trace(load, settings.num_samples)
     drawn = schedule(
@@ -139,6 +148,13 @@ def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequen
         resident=sut.resident,
         replicas=replicas,
     )
+    more = {"max_wait_ns": load.max_wait_ns, "backlog": backlog_limit(load, replicas)}
+    return replace(drawn, made=drawn.made | more)
+
+
+def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]) -> Part:
+    """Return this rank's queries of the schedule; raises what ``draw`` does."""
+    drawn, replicas = draw(sut, settings, len(rates)), len(rates)
     own = drawn.replica == rank
     if settings.samples == "gather" and len(drawn.due_ns) > SAMPLE_LIMIT:
         error = UsageError(
@@ -148,10 +164,8 @@ def open_part(rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequen
         error.agreed = True
         raise error
     counts = [int((drawn.replica == each).sum()) for each in range(replicas)]
-    made = drawn.made | {
-        "max_wait_ns": load.max_wait_ns,
-    }
-    return Part(drawn.index[own], counts, load.max_batch, due_ns=drawn.due_ns[own], made=made)
+    due_ns = drawn.due_ns[own]
+    return Part(drawn.index[own], counts, settings.group, due_ns=due_ns, made=drawn.made)
 
 
 def at_once(
@@ -234,9 +248,16 @@ def measure_server(sut: SystemUnderTest, world: World, settings: Settings) -> Ru
         from distbench.peak import measure_peak  # noqa: PLC0415  likewise
 
         return measure_peak(SERVER, sut, world, settings)
+    from distbench.central import central_course, open_dispatch  # noqa: PLC0415
     from distbench.window import measure  # noqa: PLC0415  torch, which --help does without
 
-    return measure(SERVER, sut, world, settings)
+    if settings.load is None or settings.load.dispatch == "static":
+        return measure(SERVER, sut, world, settings)
+    with open_dispatch(world, settings) as dispatch:
+        run = measure(central_course(dispatch), sut, world, settings)
+        if not dispatch.lost:
+            dispatch.unload(sut, np.arange(sut.resident, dtype=np.int64))
+        return run
 
 
 def paced_by_trace(load: Load) -> Load:
@@ -279,7 +300,16 @@ OPTIONS = (
     Option("latency-bound", None, parse_bounds, "such as 15ms@p99[,ttft=500ms@p99]", "BOUNDS"),
     Option("max-batch", "1", positive, "queries of a group at most", "N"),
     Option("max-wait", "0s", duration_ns, "the oldest query waits for others so long", "TIME"),
-    Option("dispatch", "static", one_of("static"), "of queries to replicas", "static"),
+    Option(
+        "dispatch",
+        "static",
+        one_of(*DISPATCHES),
+        "of queries to replicas: dealt out before, or by a driver to the one with the least",
+        "static|central",
+    ),
+    Option("payload", "index", one_of(*PAYLOADS), "what a driver sends", "index|data"),
+    Option("driver", "", str, "a driver that was started by hand", "ADDR:PORT"),
+    Option("driver-token", "", str, "the file of its token", "FILE"),
 )
 
 
@@ -300,7 +330,10 @@ def read_load(values: Values) -> dict[str, Any]:
         v["max_batch"],
         v["max_wait"],
         v["latency_bound"] or (),
-        v["probe"] if auto else 0,
+        payload=v["payload"],
+        driver=v["driver"],
+        driver_token=v["driver_token"],
+        probe_ns=v["probe"] if auto else 0,
     )
     return {"load": paced_by_trace(load)}
 

@@ -10,31 +10,26 @@ Source: the window and round-time schemes of ReproMPI; Schuchart, Hunold and Bos
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import json
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from distbench.clock import Now
 from distbench.times import LATE_NS
+from distbench.waiting import measure_spin_ns, quiet, set_timer_slack, wait_until
 
 if TYPE_CHECKING:
     from distbench.world import World
 
+__all__ = ["measure_spin_ns", "quiet", "set_timer_slack", "wait_until"]
+
 MAX_ATTEMPTS = 5
 MARGIN_NS = 50_000_000
-SPIN_LIMITS_NS = (200_000, 1_000_000)
-"""Shorter than 200 us and a sleep oversleeps it; a longer spin than 1 ms uses up the scheduler's
-slice before the instant comes."""
 RELEASE_NS = 150_000
 """A thread is let go from its processor so long before the instant: the call takes some 30 us,
 which would delay the first issue, and a thread that spins is not moved so soon."""
-PR_SET_TIMERSLACK = 29
 
 
 @dataclass(frozen=True)
@@ -54,32 +49,6 @@ class StartPlan:
     attempts: int
     rehearsals_ns: tuple[int, ...]
     margin_ns: int
-
-
-def measure_spin_ns(now: Now) -> int:
-    """Return how long before an instant a sleep should end: twice the p90 of oversleeping, ns."""
-    overslept = []
-    for _ in range(20):
-        begin = now()
-        time.sleep(0.002)
-        overslept.append(now() - begin - 2_000_000)
-    low, high = SPIN_LIMITS_NS
-    return min(max(2 * sorted(overslept)[17], low), high)
-
-
-def set_timer_slack() -> None:
-    """Ask the kernel to wake this thread on time: 1 ns of slack in place of 50 us."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
-
-
-def wait_until(instant_ns: int, now: Now, spin_ns: int) -> int:
-    """Sleep until shortly before an instant, spin over it, and return the clock after it, ns."""
-    while (left := instant_ns - now() - spin_ns) > 0:
-        time.sleep(left / 1e9)
-    stamp = now()
-    while stamp < instant_ns:
-        stamp = now()
-    return stamp
 
 
 @contextmanager
@@ -185,21 +154,3 @@ def _name_instant(
     brought = json.dumps([rehearsals[-1] if rehearsals else 0, extra_ns]).encode()
     told = json.loads(side.meet(place, brought, answer))
     return told["local"][world.rank], told
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep Python's garbage collector out of a window.
-
-    What exists is collected and frozen first; everything is restored after.
-    """
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        if enabled:
-            gc.enable()

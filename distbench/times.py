@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from distbench.errors import DRIVER
 from distbench.run import RankRecord, Run
 
 LATE_NS = 100_000
@@ -142,19 +143,19 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
     """
     absent = run.missing + [t.rank for t in times if not t.whole]
     if absent:
-        return Makespan(None, None, None, f"samples of rank {_list(absent)} are missing")
-    cut = [r.rank for r in run.present if r.after is None or r.after.get("ended_ns") is None]
+        return Makespan(None, None, None, f"samples of {_list(absent)} are missing")
+    cut = [r.rank for r in run.official if r.after is None or r.after.get("ended_ns") is None]
     if cut:
-        return Makespan(None, None, None, f"the window of rank {_list(cut)} was cut short")
+        return Makespan(None, None, None, f"the window of {_list(cut)} was cut short")
     unclocked = [t.rank for t in times if t.finished_ref_ns is None or t.bound_ns is None]
     if unclocked:
         return Makespan(
             None,
             None,
             None,
-            f"rank {_list(unclocked)} completed nothing or its clock was not measured",
+            f"{_list(unclocked)} completed nothing or its clock was not measured",
         )
-    starts = [r.after["plan"]["reference_ns"] for r in run.present if r.after]
+    starts = [r.after["plan"]["reference_ns"] for r in run.official if r.after]
     start = starts[0]
     ends = [(t.finished_ref_ns or 0, t.bound_ns or 0) for t in times]
     last = max(end for end, _ in ends)
@@ -165,5 +166,7 @@ def makespan(run: Run, times: list[RankTimes]) -> Makespan:
 
 
 def _list(ranks: list[int]) -> str:
-    shown = ", ".join(str(r) for r in sorted(set(ranks))[:8])
+    if DRIVER in ranks:
+        return "the driver"
+    shown = "rank " + ", ".join(str(r) for r in sorted(set(ranks))[:8])
     return shown + (" and others" if len(set(ranks)) > 8 else "")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distbench.clock import WANDER_PPM, contradiction_ns
+from distbench.errors import where
 from distbench.findings import EFFECT_INVALID, Finding, graded
 from distbench.intervals import trends
 from distbench.pace import pace_found
@@ -31,12 +32,13 @@ def measurement_found(
     run = pool.run
     found: list[Finding] = []
     drifts = trends(pool)
-    for record, drift in zip(run.present, drifts, strict=True):
+    for record, drift in zip(run.official, drifts, strict=True):
         if not (record.after or {}).get("halted"):  # whose queue grew, as another finding says
             found += _trend(record, drift)
     if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
         found += settled_found(pool, times, drifts)
-    for record, t in zip(run.present, times, strict=True):
+    own: list[RankTimes | None] = list(times) if run.driver is None else [None] * len(run.present)
+    for record, t in [*zip(run.present, own, strict=True), *((d, None) for d in _driver(run))]:
         found += _interference(record, t, scenario(run.scenario))
         found += _clock(run, record)
     return found + pace_found(pool, times, span, figures)
@@ -58,7 +60,7 @@ def _trend(record: RankRecord, found: Trend | None) -> list[Finding]:
         Finding(
             level,
             "trend",
-            f"rank {record.rank} ({record.host}): batches took {abs(found.change):.1%} "
+            f"{where(record.rank, record.host)}: batches took {abs(found.change):.1%} "
             f"{'longer' if found.change > 0 else 'less time'} in the last third of the window than "
             f"in the first ({by}), so the window averages a system that was changing",
             record.rank,
@@ -81,7 +83,7 @@ def _clock(run: Run, record: RankRecord) -> list[Finding]:
         Finding(
             "invalid",
             "clock-contradiction",
-            f"rank {record.rank} ({record.host}): exchanges with its clock contradict each other "
+            f"{where(record.rank, record.host)}: exchanges with its clock contradict each other "
             f"by {excess_ns / 1e3:.1f} us beyond their bounds, so a clock was stepped or its rate "
             f"moved by more than {WANDER_PPM:g} ppm, and no bound of this run holds",
             record.rank,
@@ -94,8 +96,13 @@ def _clock(run: Run, record: RankRecord) -> list[Finding]:
     ]
 
 
-def _interference(record: RankRecord, t: RankTimes, kind: Scenario) -> list[Finding]:
-    """Return the finding that a rank waited for a processor.
+def _driver(run: Run) -> list[RankRecord]:
+    """Return the driver's record, where there is one."""
+    return [] if run.driver is None else [run.driver]
+
+
+def _interference(record: RankRecord, t: RankTimes | None, kind: Scenario) -> list[Finding]:
+    """Return the finding that a process waited for a processor.
 
     Under a schedule a loop is idle for much of its window. What it waited for while idle is
     lateness, which is judged as such; the rest is held against the time with work in flight.
@@ -104,7 +111,7 @@ def _interference(record: RankRecord, t: RankTimes, kind: Scenario) -> list[Find
     if not quiet or quiet["run_delay_ns"] < 0 or not quiet["window_ns"]:
         return []
     waited_ns, of_ns, of = quiet["run_delay_ns"], quiet["window_ns"], "its window"
-    if kind.open_loop:
+    if kind.open_loop and t is not None:
         waited_ns = max(0, waited_ns - t.series["lateness"][2])
         of_ns = max(1, min(of_ns, t.series["batch_latency"][2]))
         of = "the time that it had work in flight"
@@ -116,10 +123,10 @@ def _interference(record: RankRecord, t: RankTimes, kind: Scenario) -> list[Find
         Finding(
             level,
             "interference",
-            f"rank {t.rank} ({record.host}): the loop was ready to run but waited for a "
+            f"{where(record.rank, record.host)}: the loop was ready to run but waited for a "
             f"processor for {effect:.1%} of {of} "
             f"({quiet['involuntary_switches']} involuntary switches)",
-            t.rank,
+            record.rank,
             record.host,
             effect,
             EFFECT_INVALID,

@@ -11,6 +11,7 @@ from distbench import metrics as m
 from distbench.bounds import bounds_found, bounds_of
 from distbench.checks import facts_found
 from distbench.findings import Finding, status, worst_first
+from distbench.joined import driver_found, driver_section, worker_times
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
 from distbench.ruling import bounds_table, marginal, ruled
@@ -32,12 +33,13 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     """
     pool = pool or in_one_place(run)
     found_of = pool.gather(facts)
-    times = [rank_times(run, r, f) for r, f in zip(run.present, found_of, strict=True)]
+    times = [rank_times(run, r, f) for r, f in zip(run.official, found_of, strict=True)]
+    ranks = times if run.driver is None else worker_times(run)
     span = makespan(run, times)
     first = run.first.before
     figures = m.metrics(pool, times, span)
     rules, gates = ruled(pool, times, span)
-    found = findings(pool, times, span, figures)
+    found = findings(pool, times, span, figures, ranks)
     tables = bounds_table(pool, times)
     found += marginal(gates, figures) + bounds_found(bounds_of(first), figures)
     found = worst_first(found)
@@ -53,9 +55,9 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
             "findings": [asdict(finding) for finding in found],
         },
         "metrics": figures,
-        "per_rank": m.per_rank(run, times, span),
-        "clock": m.clock_section(run, times, span),
-        "start": m.start_section(run, times),
+        "per_rank": m.per_rank(run, ranks, span),
+        "clock": m.clock_section(run, ranks, span) | {"driver": driver_section(run, times)},
+        "start": m.start_section(run, ranks),
         "config": first["config"],
         "environment": {
             "common": common,
@@ -68,19 +70,24 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
 
 
 def findings(
-    pool: Pool, times: list[RankTimes], span: Makespan, figures: dict[str, dict[str, Any]]
+    pool: Pool,
+    times: list[RankTimes],
+    span: Makespan,
+    figures: dict[str, dict[str, Any]],
+    ranks: list[RankTimes],
 ) -> list[Finding]:
     """Return what is found of a run whatever it was asked to keep, worst first.
 
     Args:
         pool: its records.
-        times: of all ranks.
+        times: of all logs that time the samples.
         span: their makespan.
         figures: its metrics.
+        ranks: times of all ranks; ``times`` without a driver.
     """
     run, headline = pool.run, scenario(pool.run.scenario).headline
     found = [Finding(**note) for record in run.present for note in record.before["findings"]]
-    found += facts_found(run, times)
+    found += facts_found(run, ranks) + driver_found(run)
     found += measurement_found(pool, times, span, figures)
     unknown = figures[headline]["reason"] if headline in figures else "no query completed"
     if headline not in figures or figures[headline]["value"] is None:

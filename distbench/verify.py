@@ -94,7 +94,7 @@ def check_hashes(folder: Path) -> tuple[list[str], list[str]]:
         wrong += [f"{name}: not in manifest.sha256" for name in sorted(present - set(listed))]
     else:
         missing.append("manifest.sha256: missing; `python -m distbench.salvage` makes one")
-    for done in sorted(folder.glob("ranks/*/done.json")):
+    for done in sorted([*folder.glob("ranks/*/done.json"), *folder.glob("driver/done.json")]):
         try:
             recorded = dict(files.read_json(done)["files"])
         except (UsageError, LookupError, TypeError, ValueError):
@@ -173,13 +173,14 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         raise UsageError(f"{folder} is no result directory: it has no folder ranks/")
     wrong, missing = check_hashes(folder)
     needed = [folder / "result.json", folder / "report.txt"]
+    needed += [path.with_name("done.json") for path in folder.glob("driver/after.json")]
     needed += [path.with_name("done.json") for path in sorted(folder.glob("ranks/*/after.json"))]
     for path in needed:  # whatever the manifest lists
         line = f"{path.relative_to(folder)}: missing"
         if not path.exists() and line not in missing:
             missing.append(line)
     # Without a file that was there when the figures were made, they cannot come out the same.
-    whole = not any(line.startswith("ranks/") for line in missing)
+    whole = not any(line.startswith(("ranks/", "driver/")) for line in missing)
     incomplete = False
     try:
         run = load_window(folder)

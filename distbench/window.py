@@ -144,26 +144,16 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
     }
     recorder = record.Recorder(world, folder, log)
     record.write_before(world, folder, before)
+    if course.central:
+        course.central.open(folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
     recorder.watch(stall_ns / 1e9)
     try:
         kept = window(course, sut, world, recorder, part, settings)
         recorder.after |= describe_after(world)
-        raised = bool(recorder.after.get("raised"))
-        with record.watched(world, setup_limit_s(settings)) as tell:
-            score, accurate = finish.accuracy_pass(
-                sut, world, settings.group, raised, turn.number > 0, tell
-            )
-        indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
-        if turn.number == 0:
-            # Windows keep outputs of the same rows: those of other samples are not needed.
-            near = {i for row in kept for i in log.index[row : row + part.group].tolist()}
-            turn.accurate = {index: accurate[index] for index in near & accurate.keys()}
-        recorder.after["outputs"] = finish.check_outputs(
-            kept, indices_of, turn.accurate, finish.tolerance(sut)
-        )
-        recorder.after["score"] = score
-        return finish.finish(world, recorder, before, shard)
+        driver = course.central.record(recorder.after) if course.central else None
+        _check_accuracy(prepared, world, recorder, kept, turn)
+        return finish.finish(world, recorder, before, shard, driver)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
         # A collective that broke: the side thread knows in a moment who was lost, and ends.
@@ -173,6 +163,32 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
         raise
     finally:
         recorder.release()
+
+
+def _check_accuracy(
+    prepared: Prepared,
+    world: World,
+    recorder: record.Recorder,
+    kept: dict[int, Any],
+    turn: Turn,
+) -> None:
+    """Take the accuracy pass, and hold the window's kept outputs against it."""
+    sut, settings, log = prepared.sut, prepared.settings, recorder.log
+    raised = bool(recorder.after.get("raised"))
+    with record.watched(world, setup_limit_s(settings)) as tell:
+        score, accurate = finish.accuracy_pass(
+            sut, world, settings.group, raised, turn.number > 0, tell
+        )
+    indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
+    if turn.number == 0:
+        # Windows keep outputs of the same rows: those of other samples are not needed.
+        group = prepared.part.group
+        near = {i for row in kept for i in log.index[row : row + group].tolist()}
+        turn.accurate = {index: accurate[index] for index in near & accurate.keys()}
+    recorder.after["outputs"] = finish.check_outputs(
+        kept, indices_of, turn.accurate, finish.tolerance(sut)
+    )
+    recorder.after["score"] = score
 
 
 def _own_end(world: World, error: BaseException) -> End:
@@ -215,7 +231,8 @@ def window(
         def begin() -> None:
             recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
 
-        cue = Cue(world.now, begin, partial(start.wait_until, now=world.now, spin_ns=spin_ns), halt)
+        wait = partial(start.wait_until, now=world.now, spin_ns=spin_ns)
+        cue = Cue(world.now, begin, wait, halt, plan.local_ns)
         collect = collector(log, kept, errors, world.now, wanted)
         recorder.flying = True
         switches, delay_ns = schedstat()

@@ -89,6 +89,7 @@ class Link:
     Attributes:
         seat: who is at the other end.
         heard_ns: when the last frame arrived, on CLOCK_MONOTONIC; set by the receiving thread.
+        role: what a caller said it calls for; "" for a rank's own link.
         clock: the clock that ``arrived_ns`` is read from.
         arrived_ns: when the first bytes of the last frame were there, before any work on them:
             what Python does with a frame must not widen a clock's bound.
@@ -98,6 +99,7 @@ class Link:
         self.connection = connection
         self.seat = seat
         self.heard_ns = time.monotonic_ns()
+        self.role = ""
         self.clock: Now = now_ns
         self.arrived_ns = 0
         self._sending = threading.Lock()
@@ -178,12 +180,14 @@ def interface_mtu(interface: str) -> int:
         return 0
 
 
-def listen(address: str, backlog: int) -> socket.socket:
-    """Open the socket on which rank 0 takes the other ranks' links.
+def listen(address: str, backlog: int, port: int = 0, who: str = "rank 0") -> socket.socket:
+    """Open the socket on which rank 0, or a driver, takes the ranks' links.
 
     Args:
         address: this host's address on the interface that the ranks talk over.
         backlog: how many may call at once.
+        port: 0 for any that is free.
+        who: listens, for messages.
 
     Raises:
         UsageError: the address cannot be bound.
@@ -191,12 +195,12 @@ def listen(address: str, backlog: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     server = socket.socket(family, socket.SOCK_STREAM)
     try:
-        server.bind((address, 0))
+        server.bind((address, port))
         server.listen(max(backlog, 16))
     except OSError as error:
         server.close()
         raise UsageError(
-            f"rank 0 cannot listen on {address}: {error.strerror}; check the interface's address"
+            f"{who} cannot listen on {address}: {error.strerror}; check the interface's address"
         ) from error
     return server
 
@@ -236,48 +240,57 @@ def accept_links(
                 f"ranks {absent} did not open their link to {own} within {timeout_s:.0f} s: "
                 "is every node started, and does a firewall let them connect to it?"
             ) from None
-        caller = _greet(connection, own, token)
-        if caller is None or not 0 < caller.seat.rank < world_size:
+        caller = greet(connection, own, token)
+        if caller is None or caller.role or not 0 < caller.seat.rank < world_size:
             connection.close()  # a stray: another run, a scanner
             continue
         links[caller.seat.rank] = caller
-        _echo(caller, own, answers=True)
+        echo(caller, own, answers=True)
     return dict(sorted(links.items()))
 
 
 def open_link(
-    address: tuple[str, int], own: Seat, token: str, source: str, timeout_s: float
+    address: tuple[str, int],
+    own: Seat,
+    token: str,
+    source: str,
+    timeout_s: float,
+    to: str = "rank 0",
+    role: str = "",
 ) -> Link:
-    """Open and prove this rank's link to rank 0.
+    """Open and prove this rank's link to rank 0, or to a driver.
 
     Args:
-        address: where rank 0 listens.
+        address: where it listens.
         own: this rank's seat.
-        token: the run's token.
-        source: this host's address on the interface to use.
+        token: the run's token, or the driver's.
+        source: this host's address on the interface to use; "" leaves that to the kernel.
         timeout_s: how long the connection may take.
+        to: whom it calls, for messages.
+        role: what for; "" for a rank's own link.
 
     Raises:
-        UsageError: rank 0 cannot be reached, or the path loses large packets.
+        UsageError: the other end cannot be reached, or the path loses large packets.
     """
     try:
         connection = socket.create_connection(address, timeout_s, (source, 0))
     except OSError as error:
         raise UsageError(
-            f"{own} cannot reach rank 0 at {address[0]} port {address[1]} from {source}: {error}; "
-            "a firewall between the nodes must let them connect to each other on any port"
+            f"{own} cannot reach {to} at {address[0]} port {address[1]} from {source or 'here'}: "
+            f"{error}; a firewall between the nodes must let them connect to each other on any port"
         ) from error
     link = Link(_tuned(connection), Seat(0, address[0], "", "", 0))
     connection.settimeout(timeout_s)  # rank 0 greets one caller after the other, strays included
     try:
-        link.send(HELLO, json.dumps({"token": token, "seat": asdict(own)}).encode())
+        hello = {"token": token, "seat": asdict(own), "role": role}
+        link.send(HELLO, json.dumps(hello).encode())
         _, answer = link.receive(HELLO_LIMIT_BYTES)
         link.seat = read_seat(json.loads(answer))
     except (TimeoutError, LinkClosed, ValueError) as error:
         link.close()
-        raise UsageError(f"{own} reached rank 0 at {address[0]}, which hung up: {error}") from error
+        raise UsageError(f"{own} reached {to} at {address[0]}, which hung up: {error}") from error
     connection.settimeout(ECHO_TIMEOUT_S)
-    _echo(link, own, answers=False)
+    echo(link, own, answers=False)
     return link
 
 
@@ -287,8 +300,8 @@ def _tuned(connection: socket.socket) -> socket.socket:
     return connection
 
 
-def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
-    """Return the caller's link if it shows the token, else None."""
+def greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
+    """Return the caller's link, with its role, if it shows the token, else None."""
     link = Link(_tuned(connection), Seat(-1, "?", "", "", 0))
     try:
         kind, payload = link.receive(HELLO_LIMIT_BYTES, HELLO_TIMEOUT_S)
@@ -296,7 +309,7 @@ def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
         hello = json.loads(payload) if kind == HELLO else {}
         if not hmac.compare_digest(str(hello.get("token")), token):
             return None
-        link.seat = read_seat(hello["seat"])
+        link.seat, link.role = read_seat(hello["seat"]), str(hello.get("role", ""))
         link.send(HELLO, json.dumps(asdict(own)).encode())
     except (TimeoutError, LinkClosed):
         return None
@@ -305,7 +318,8 @@ def _greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
     return link
 
 
-def _echo(link: Link, own: Seat, *, answers: bool) -> None:
+def echo(link: Link, own: Seat, *, answers: bool) -> None:
+    """Send 64 bytes and then 1 MiB both ways; raises UsageError where they do not come back."""
     for size in (SMALL_ECHO_BYTES, LARGE_ECHO_BYTES):
         try:
             if not answers:

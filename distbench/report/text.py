@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distbench.report.bounded import bound_lines, peak_lines, search_lines
+from distbench.report.central import driver_lines
 from distbench.report.units import (
     FIRST_RANKS,
     WORST_RANKS,
@@ -330,6 +331,9 @@ def _clocks(result: dict[str, Any]) -> list[str]:
         )
     if note:
         lines.append(f"  clock          {note}, by bound")
+    driver = result["clock"].get("driver")
+    if driver is not None:
+        lines += driver_lines(driver)
     if len({row["domain"] for row in ranks}) == 1:
         lines.append("  clock          all ranks read one clock")
     return lines

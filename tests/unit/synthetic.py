@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from distbench import files
+from distbench.files import write_manifest
 from distbench.record import write_report
-from distbench.run import RankRecord, Run, rank_folder, write_done, write_manifest
+from distbench.run import RankRecord, Run, rank_folder, write_done
 from distbench.samples import SampleLog
 
 START_NS = 1_000_000_000_000_000

@@ -20,12 +20,13 @@ LAYERS = (
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching settings search histogram quantiles student stats steady run "
     "windows times pool intervals metrics findings checks settled trust pace ruling verdict tried "
-    "trail report compare conditions launches wire pings liveness network cli",
+    "trail report compare conditions launches wire pings liveness network cli joined waiting "
+    "frames dispatch driver talk",
     # The machine; torch.
-    "world seating start sut environment gpus models engines prepare record preamble readiness "
-    "finish probe nvml window peak command",
+    "world seating start sut environment gpus models engines prepare harness record preamble "
+    "readiness finish probe nvml window peak command",
     # Scenarios.
-    "offline server singlestream multistream",
+    "offline server singlestream multistream worker central spawn",
     # Commands around runs.
     "plan verify salvage baseline",
 )

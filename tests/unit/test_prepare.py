@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from distbench import prepare
 from distbench.clock import now_ns
 from distbench.errors import UsageError
+from distbench.harness import HARNESS_BATCHES, HARNESS_BLOCKS, measure_harness
 from distbench.offline import offline_loop
 from distbench.prepare import (
-    HARNESS_BATCHES,
-    HARNESS_BLOCKS,
     KEPT_GROUPS,
     PLANNED_LIMIT,
     SAMPLE_LIMIT,
     choose_kept,
     groups_of,
-    measure_harness,
     plan_samples,
     sample_order,
     share_out,

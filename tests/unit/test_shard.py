@@ -12,9 +12,9 @@ import pytest
 
 from distbench import baseline, compare
 from distbench.errors import UsageError
+from distbench.files import write_manifest
 from distbench.record import write_report
 from distbench.run import load_run as load_window
-from distbench.run import write_manifest
 from distbench.salvage import main as salvage
 from distbench.verify import verify
 from distbench.windows import load_run

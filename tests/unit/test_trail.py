@@ -337,6 +337,7 @@ def test_the_plan_begins_at_a_quarter_of_the_warm_up() -> None:
         (lambda: Load(0.0, probe_ns=S), "give one, such as --latency-bound"),
         (lambda: Load.auto("15ms@p99", arrival="trace:x"), "a trace has its own rate"),
         (lambda: Load(5.0, probe_ns=S, bounds=parse_bounds("1s@p99")), "either a rate"),
+        (lambda: Load.auto("15ms@p99", dispatch="central"), "leave out --dispatch central"),
         (lambda: Load.auto("15ms@p99", probe_s=0.0), "is not above 0"),
         (lambda: Load.auto("15ms@p99", probe_s=-1.0), "is not above 0"),
         (lambda: Settings(load=Load.auto("3s@p99"), duration_ns=S), "--probe 3s .* --duration 30s"),

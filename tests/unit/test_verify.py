@@ -15,7 +15,7 @@ import pytest
 
 from distbench import files
 from distbench.errors import UsageError
-from distbench.run import write_manifest
+from distbench.files import write_manifest
 from distbench.verify import SHOWN, differences, main, verify
 
 from .synthetic import edit_json, leaves, make_run, mend_hashes, put

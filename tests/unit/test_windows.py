@@ -11,8 +11,9 @@ import pytest
 
 from distbench import files
 from distbench.errors import UsageError
+from distbench.files import write_manifest
 from distbench.record import write_report
-from distbench.run import rank_folder, write_manifest
+from distbench.run import rank_folder
 from distbench.salvage import main as salvage
 from distbench.verify import verify
 from distbench.windows import Windows, load_run, windows_result

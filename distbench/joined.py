@@ -1,0 +1,210 @@
+"""Central dispatch's logs put together: the driver's, which is official, and those of the workers.
+
+A query is in two logs: in the driver's, on the driver's clock, and in that of the rank which served
+it, found by its number. Its latency is the driver's alone. What it is made of needs both:
+
+    lateness = (issued - scheduled) on the driver + (issued - ready) on the rank
+    queue    = the engine's start, mapped to the driver's clock, - issued on the driver
+               - the rank's lateness
+    service  = the engine's end - its start, on the rank's clock
+    return   = latency - lateness - queue - service
+
+They sum exactly. Queue and return carry the bound of the two clocks, and can be below zero by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distbench.clock import ClockModel
+from distbench.errors import DRIVER, where
+from distbench.findings import Finding
+from distbench.pool import OWN, facts, possible, series, stamp
+from distbench.quantiles import percentiles_ns
+from distbench.run import RankRecord, Rows, Run
+from distbench.times import RankTimes, rank_times
+
+NS = 1e9
+
+
+def official(run: Run) -> list[RankRecord]:
+    """Return the records whose logs time the samples; the driver's with what was joined to it."""
+    return run.present if run.driver is None else [joined(run, run.driver)]
+
+
+def joined(run: Run, driver: RankRecord) -> RankRecord:
+    """Return the driver's record with the series that need the workers' logs too."""
+    if driver.rows is None:
+        return replace(driver, made=dict.fromkeys(_SERIES, np.zeros(0, np.int64)))
+    n = len(driver.rows)
+    late, start, service = (np.zeros(n, np.int64) for _ in range(3))
+    known, engine = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    groups: list[tuple[Rows, Rows, Rows]] = []
+    for record in run.present:
+        if record.rows is None or "query" not in record.before["columns"]:
+            continue
+        mine = _answered(record, driver)
+        number = record.column("query")[mine]
+        known[number] = True
+        late[number] = (stamp(record, "issued") - stamp(record, "ready"))[mine]
+        if "started" in record.before["columns"]:
+            begun, ended = record.column("started"), record.column("finished")
+            true = mine & possible(record.column, begun)
+            at = record.column("query")[true]
+            engine[at], service[at] = True, (ended - begun)[true]
+            start[at] = _on_the_drivers_clock(run, record, driver, begun[true])
+        groups.append(_groups(record))
+    own = {name: driver.column(name) for name in ("scheduled", "issued", "completed")}
+    good = own["completed"] >= 0
+    latency = own["completed"] - own["scheduled"]
+    lateness = own["issued"] - own["scheduled"] + late
+    queue = start - own["issued"] - late
+    both, whole = good & known, good & engine
+    made = {
+        "lateness": lateness[both],
+        "in_time": (latency - lateness)[good],
+        "queue": queue[whole],
+        "service": service[whole],
+        "return": (latency - lateness - queue - service)[whole],
+    }
+    first, took, device = (np.concatenate(part) for part in zip(*groups, strict=True))
+    order = np.argsort(first, kind="stable")  # as they were dispatched, over all ranks
+    made["batch_latency"] = took[order]
+    made["device"] = device[order][device[order] > 0]
+    return replace(driver, made=made)
+
+
+_SERIES = ("lateness", "in_time", "queue", "service", "return", "batch_latency", "device")
+
+
+def _answered(record: RankRecord, driver: RankRecord) -> NDArray[np.bool_]:
+    """Tell which rows of a rank's log are queries that ended well, here and on the driver."""
+    number = record.column("query")
+    inside = (number >= 0) & (number < len(driver.column("completed")))
+    place = np.where(inside, number, 0)
+    ended = driver.column("completed")[place] >= 0
+    served = driver.column("served_by")[place] == record.rank
+    return np.asarray(inside & ended & served & (record.column("completed") >= 0))
+
+
+def _groups(record: RankRecord) -> tuple[Rows, Rows, Rows]:
+    """Return the first query, the time and the device's time of each group that ended well."""
+    took = record.first_rows("completed") - record.first_rows("issued")
+    device = record.first_rows("device")
+    return record.first_rows("query"), took, device if len(device) else np.zeros_like(took)
+
+
+def _on_the_drivers_clock(run: Run, record: RankRecord, driver: RankRecord, at: Rows) -> Rows:
+    """Map stamps of a rank's clock to the driver's; as they are where both read one clock."""
+    if record.before["clock"]["domain"] == driver.before["clock"]["domain"]:
+        return at
+    there, here = run.clock(record), run.clock(driver)
+    if there is None or here is None:
+        return np.zeros_like(at)
+    return to_peer(here, there.many_to_reference_ns(at))
+
+
+def to_peer(model: ClockModel, reference_ns: Rows) -> Rows:
+    """Map many instants of the reference clock to a peer's; within 1 ns of ``to_peer_ns``."""
+    if not model.exchanges:
+        return reference_ns
+    first = model.exchanges[0]
+    times = np.array([e.at_ns - first.at_ns for e in model.exchanges], np.float64)
+    extra = np.array([e.offset_ns - first.offset_ns for e in model.exchanges], np.float64)
+    step = np.interp((reference_ns - first.at_ns).astype(np.float64), times, extra)
+    return np.asarray(reference_ns + first.offset_ns + np.rint(step).astype(np.int64))
+
+
+def worker_times(run: Run) -> list[RankTimes]:
+    """Return each rank's times by its own log, its latencies by the driver's."""
+    return [
+        replace(rank_times(run, record, facts(record)), own=_own(run, record.rank))
+        for record in run.present
+    ]
+
+
+def _own(run: Run, rank: int) -> dict[str, int]:
+    driver = run.driver
+    if driver is None or driver.rows is None:
+        return {}
+    good = driver.column("completed") >= 0
+    mine = series(driver, "latency")[driver.column("served_by")[good] == rank]
+    if len(mine) == 0:
+        return {}
+    found = percentiles_ns(mine, list(OWN.values()))
+    return {f"latency.{label}": value for label, value in zip(OWN, found, strict=True)}
+
+
+def driver_section(run: Run, times: list[RankTimes]) -> dict[str, Any] | None:
+    """Return ``clock.driver`` of result.json: the official clock; None without a driver."""
+    driver = run.driver
+    if driver is None:
+        return None
+    (t,) = times
+    model = run.clock(driver)
+    at = (driver.after or {}).get("plan", {}).get("reference_ns")
+    bounds = [0 if at is None or model is None else model.bound_ns(at)]
+    for record in run.present:
+        other = run.clock(record)
+        if record.before["clock"]["domain"] != driver.before["clock"]["domain"]:
+            bounds.append(0 if other is None or at is None else bounds[0] + other.bound_ns(at))
+    started = (driver.after or {}).get("started_ns")
+    late = None if started is None or t.scheduled_ns is None else started - t.scheduled_ns
+    return {
+        "host": driver.host,
+        "pid": driver.before.get("pid"),
+        "domain": driver.before["clock"]["domain"],
+        "rule": driver.before.get("rule"),
+        "payload": driver.before.get("payload"),
+        "offset_s": None if model is None or at is None else model.offset_ns(at) / NS,
+        "bound_s": None if t.bound_ns is None else t.bound_ns / NS,
+        "parts_bound_s": max(bounds) / NS,
+        "exchanges": 0 if model is None else len(model.exchanges),
+        "late_s": None if late is None else late / NS,
+    }
+
+
+def driver_found(run: Run) -> list[Finding]:
+    """Return the findings of fact on the driver: lost, or at odds with the ranks' logs."""
+    driver = run.driver
+    if driver is None:
+        return []
+    end = (driver.after or {}).get("end")
+    remedy = "see the driver's own output, and whether its host or the network failed; run again"
+    if end:
+        text = str(end["sentence"])
+        return [
+            Finding("incomplete", "driver-lost", text, None, driver.host, remedy=remedy),
+        ]
+    if driver.problem:
+        text = f"{where(DRIVER, driver.host)} left an incomplete record: {driver.problem}"
+        return [Finding("incomplete", "driver-incomplete", text, None, driver.host, remedy=remedy)]
+    return _at_odds(run, driver)
+
+
+def _at_odds(run: Run, driver: RankRecord) -> list[Finding]:
+    """Return the finding that queries which completed for the driver did not for their rank."""
+    whole = not run.missing and all(r.rows is not None and r.after for r in run.present)
+    if not whole:
+        return []
+    there = sum(int(_answered(record, driver).sum()) for record in run.present)
+    numbers = np.concatenate([record.column("query") for record in run.present])
+    twice = len(numbers) - len(np.unique(numbers))
+    here = int((driver.column("completed") >= 0).sum())
+    if here == there and not twice:
+        return []
+    return [
+        Finding(
+            "invalid",
+            "dispatch-differs",
+            f"{here:,} queries completed for the driver and {there:,} of them for the ranks that "
+            f"served them, {twice:,} came twice",
+            value=here - there,
+            limit=0,
+            remedy="a rank's log and the driver's are not of one window, or a file was changed",
+        )
+    ]
