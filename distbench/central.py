@@ -8,6 +8,7 @@ measured as a rank's is: before, during and after each window.
 from __future__ import annotations
 
 import select
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distbench import pings, wire
-from distbench.clock import ClockModel, Exchange, Now, clock_domain, measure_exchange
+from distbench.clock import ClockModel, Exchange, clock_domain, measure_exchange
 from distbench.dispatch import COLUMNS, TOKEN_COLUMNS, WORD
 from distbench.errors import DRIVER, ClockError, DistbenchError, UsageError
 from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
 from distbench.liveness import EXCHANGE_TRIPS, WINDOW_TRIPS
-from distbench.prepare import Course, Cue, Groups, Part
+from distbench.prepare import Course, Cue, Part
 from distbench.run import SCHEMA_VERSION, RankRecord, read_record
 from distbench.samples import SampleLog
 from distbench.server import SERVER, draw
@@ -32,7 +33,7 @@ from distbench.spawn import payload_module, start_driver
 from distbench.sut import Collect, Indices, SystemUnderTest
 from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, tell
 from distbench.wire import Link, LinkClosed, Seat
-from distbench.worker import Inbox, Preloaded, reporter, serve, worker_loop
+from distbench.worker import loaded, serve
 
 if TYPE_CHECKING:
     from distbench.record import Folder
@@ -65,6 +66,7 @@ class Dispatch:
         self.process: subprocess.Popen[bytes] | None = None
         self.exchanges: list[Exchange] = []
         self.problem, self.lost = "", False
+        self._payload = ""
         self._folder: Path | None = None
         self._before: dict[str, Any] = {}
         self._plan: dict[str, int] = {}
@@ -79,8 +81,12 @@ class Dispatch:
         """
         world, told = self.world, ["", 0, ""]
         problem: DistbenchError | None = None
+        load = self.settings.load
         if world.rank == 0:
             try:
+                # First of all: a driver that was called has served.
+                if load is not None and load.payload == "data":
+                    self._payload = payload_module(self.settings.model_name)
                 told = self._begin(stack)
             except (DistbenchError, TimeoutError) as error:
                 problem = UsageError(str(error))
@@ -109,8 +115,7 @@ class Dispatch:
             self.process, address, token = start_driver(stack, here, self._output())
         self.control = self._call(address, token, "control")
         stack.callback(self.control.close)
-        module = payload_module(self.settings.model_name) if load.payload == "data" else ""
-        asked = {"do": "expect", "ranks": self.world.world_size, "payload": module}
+        asked = {"do": "expect", "ranks": self.world.world_size, "payload": self._payload}
         tell(self.control, asked)
         self.clock = self._call(address, token, "clock")
         self.clock.clock = self.world.now
@@ -313,6 +318,12 @@ class Dispatch:
         used = 0 if left.rows is None else len(left.rows)
         return replace(left, after=left.after or {**after, "used": used})
 
+    def cut(self) -> None:
+        """On rank 0, at an early end: end the link, and the driver saves what it has at once."""
+        if self.control is not None:
+            with suppress(OSError):
+                self.control.connection.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """On rank 0: tell the driver that the run is over."""
         if self.control is not None:
@@ -342,11 +353,15 @@ def central_course(dispatch: Dispatch) -> Course:
     def part(_rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]) -> Part:
         drawn, replicas = draw(sut, settings, len(rates)), len(rates)
         queries = len(drawn.due_ns)
-        if queries > SAMPLE_LIMIT or settings.samples == "shard":
+        if settings.samples == "shard":
+            raise _agreed(
+                "central dispatch brings all samples to rank 0, and --samples shard leaves them on "
+                "their ranks: leave it out, or use --dispatch static"
+            )
+        if queries > SAMPLE_LIMIT:
             raise _agreed(
                 f"central dispatch brings all samples to rank 0, {SAMPLE_LIMIT:,} at most, and "
-                f"{queries:,} are asked for{', with --samples shard' * bool(settings.samples)}: "
-                "shorten the window, or use --dispatch static"
+                f"{queries:,} are asked for: shorten the window, or use --dispatch static"
             )
         # How many queries a rank will serve is not known: each has room for all.
         each = [-(-queries // replicas)] * replicas
@@ -364,18 +379,6 @@ def _agreed(sentence: str) -> UsageError:
     error = UsageError(sentence)
     error.agreed = True
     return error
-
-
-def loaded(
-    sut: SystemUnderTest, log: SampleLog, groups: Groups, collect: Collect, now: Now
-) -> None:
-    """Run the loop over queries that have all come: what it costs, waiting and sending left out."""
-    del groups  # its own, one query each
-    cue = Cue(now, lambda: None, lambda _until: None, [False])
-    channel: Any = Preloaded(log.capacity)
-    inbox = Inbox(channel, log, now)
-    inbox.read()
-    worker_loop(sut, log, inbox, collect, reporter(channel, log), cue, 1, 0)
 
 
 @contextmanager

@@ -85,11 +85,12 @@ class Ledger:
         flying: their sum.
         raised: whether a replica's system under test raised.
         left: replicas whose loop is over.
+        over: whether the replicas were told that no more queries come.
     """
 
     def __init__(self, log: SampleLog, replicas: int, now: Now) -> None:
         self.outstanding, self.flying = [0] * replicas, 0
-        self.raised, self.left = False, set[int]()
+        self.raised, self.left, self.over = False, set[int](), False
         self._now, self._ended = now, log.ended
         cells = log.cells()
         self._completed, self._served = cells["completed"], cells["served_by"]
@@ -99,7 +100,7 @@ class Ledger:
         """Note what a replica sent; all of it was here when it was read, so one stamp holds.
 
         Raises:
-            DriverEnded: it speaks of a query that it does not have.
+            DriverEnded: it speaks of a query that it does not have, or left before it was told to.
         """
         stamp = self._now()
         completed, served = self._completed, self._served
@@ -121,6 +122,11 @@ class Ledger:
             elif kind == LEFT:
                 self.left.add(place)
                 self.raised |= tokens == RAISED
+                if not (self.over or self.raised):
+                    raise DriverEnded(
+                        f"replica {place} left its loop early: it heard nothing for a while, so "
+                        "see whether the network between the two failed"
+                    )
 
 
 def dispatch_loop(
@@ -193,21 +199,21 @@ class Hub:
         self._places = {each.fileno(): place for place, each in enumerate(channels)}
         self._others = dict(others)
         self._watched = [*self._places, *self._others]
-        self._posted: list[Channel] = []
-        self._behind: list[Channel] = []
+        self._posted: dict[Channel, None] = {}
+        self._behind: dict[Channel, None] = {}
         self._pulse = 0
 
     def post(self, place: int, seq: int, index: int) -> None:
         """Add a query, with its sample where there is one, to what ``flush`` sends."""
         channel = self.channels[place]
         channel.post(QUERY, seq, index, self.data.get(index, b""))
-        self._posted.append(channel)
+        self._posted[channel] = None
 
     def flush(self) -> None:
         """Send what was posted; what an end does not take now goes with the next wait."""
         for channel in self._posted:
             if not channel.flush():
-                self._behind.append(channel)
+                self._behind[channel] = None
         self._posted.clear()
 
     def wait(self, until_ns: int) -> list[tuple[int, list[Frame]]]:
@@ -217,7 +223,7 @@ class Hub:
             if stamp >= self._pulse:
                 self._beat(stamp)
             if self._behind:
-                self._behind = [each for each in self._behind if not each.flush()]
+                self._behind = {each: None for each in self._behind if not each.flush()}
             # Never epoll, whose waits are whole milliseconds.
             asleep = min(until_ns, self._pulse) - stamp - self.spin_ns
             if self._behind:
@@ -238,14 +244,15 @@ class Hub:
         for channel in self.channels:
             channel.post(PULSE, 0, 0)
             if not channel.flush():
-                self._behind.append(channel)
+                self._behind[channel] = None
 
     def end(self, ledger: Ledger, halted: bool) -> None:
         """Tell the replicas that no more queries come, and wait until each has left its loop."""
+        ledger.over = True
         for channel in self.channels:
             channel.post(END, HALTED if halted else WHOLE, 0)
             if not channel.flush():
-                self._behind.append(channel)
+                self._behind[channel] = None
         while len(ledger.left) < len(self.channels):
             for place, frames in self.wait(self.now() + PULSE_NS):
                 ledger.take(place, frames)

@@ -124,6 +124,8 @@ class Driver:
     def _pong(self) -> None:
         """Answer one ping, and do not stay for the next: queries may be due before it comes."""
         assert self.clock is not None
+        if not self.clock.whole(pings.PING_BYTES):
+            return  # a part of a ping: the loop comes back for the rest
         kind, payload = self.clock.receive()
         if kind == wire.PING:
             pings.answer_ping(self.clock, payload, now_ns)
@@ -175,7 +177,12 @@ class Driver:
     def _open(self, asked: dict[str, Any], arrays: list[Any]) -> Any:
         """Make a window's folder and log, with the schedule that rank 0 drew."""
         due_ns, order = arrays
-        folder = self.output_dir.joinpath(*asked["folder"]) / "driver"
+        parts = asked["folder"]
+        if not parts or any(
+            each in ("", ".", "..") or "/" in each or "\0" in each for each in parts
+        ):
+            raise UsageError(f"{self.own} makes no folder outside its --output-dir: {parts}")
+        folder = self.output_dir.joinpath(*parts) / "driver"
         columns = [*COLUMNS, *asked["columns"]]
         before = asked["before"] | self._described() | {"columns": columns}
         try:
@@ -212,7 +219,7 @@ class Driver:
         after |= {"used": window.log.capacity, "halted": False, "disk_error": ""}
         try:
             self._run(window, self.hub, asked["plan"]["local_ns"])
-        except DistbenchError as error:
+        except (DistbenchError, OSError) as error:
             after["end"] = {
                 "code": "failed",
                 "rank": DRIVER,
@@ -304,7 +311,8 @@ def main(argv: Sequence[str]) -> int:
     own = Seat(DRIVER, socket.gethostname(), clock_domain(), "", 0)
     set_timer_slack()
     with wire.listen(host, 64, port, str(own)) as server:
-        sys.stdout.write(f"distbench: driver listens on {host}:{server.getsockname()[1]}\n")
+        named = f"[{host}]" if ":" in host else host
+        sys.stdout.write(f"distbench: driver listens on {named}:{server.getsockname()[1]}\n")
         sys.stdout.flush()
         until = time.monotonic() + (CALL_S if values["parent"] else 10**9)
         control = take_link(server, own, token, until)

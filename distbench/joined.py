@@ -15,6 +15,7 @@ They sum exactly. Queue and return carry the bound of the two clocks, and can be
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from distbench.clock import ClockModel
 from distbench.errors import DRIVER, where
 from distbench.findings import Finding
-from distbench.pool import OWN, facts, possible, series, stamp
+from distbench.pool import NONE, OWN, facts, of_every_query, possible, series, stamp
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Rows, Run
 from distbench.times import RankTimes, rank_times
@@ -43,6 +44,7 @@ def joined(run: Run, driver: RankRecord) -> RankRecord:
     n = len(driver.rows)
     late, start, service = (np.zeros(n, np.int64) for _ in range(3))
     known, engine = np.zeros(n, np.bool_), np.zeros(n, np.bool_)
+    tpot = np.full(n, NONE)
     groups: list[tuple[Rows, Rows, Rows]] = []
     for record in run.present:
         if record.rows is None or "query" not in record.before["columns"]:
@@ -50,14 +52,19 @@ def joined(run: Run, driver: RankRecord) -> RankRecord:
         mine = _answered(record, driver)
         number = record.column("query")[mine]
         known[number] = True
+        groups.append(_groups(record))
         late[number] = (stamp(record, "issued") - stamp(record, "ready"))[mine]
+        every = np.full(len(mine), NONE)
+        every[record.column("completed") >= 0] = of_every_query(record, "tpot")
+        tpot[number] = every[mine]
         if "started" in record.before["columns"]:
             begun, ended = record.column("started"), record.column("finished")
             true = mine & possible(record.column, begun)
             at = record.column("query")[true]
-            engine[at], service[at] = True, (ended - begun)[true]
-            start[at] = _on_the_drivers_clock(run, record, driver, begun[true])
-        groups.append(_groups(record))
+            here = _on_the_drivers_clock(run, record, driver, begun[true])
+            if here is None:  # salvaged without the exchanges: nothing is known of the two parts
+                continue
+            engine[at], service[at], start[at] = True, (ended - begun)[true], here
     own = {name: driver.column(name) for name in ("scheduled", "issued", "completed")}
     good = own["completed"] >= 0
     latency = own["completed"] - own["scheduled"]
@@ -70,8 +77,13 @@ def joined(run: Run, driver: RankRecord) -> RankRecord:
         "queue": queue[whole],
         "service": service[whole],
         "return": (latency - lateness - queue - service)[whole],
+        # On one clock: a First and a Done that the driver read together have one stamp there.
+        "every_tpot": tpot[good],
     }
-    first, took, device = (np.concatenate(part) for part in zip(*groups, strict=True))
+    ttft = of_every_query(driver, "ttft")
+    made["ttft_in_time"] = (ttft - lateness[good])[ttft < NONE]
+    none = (np.zeros(0, np.int64),) * 3
+    first, took, device = (np.concatenate(part) for part in zip(none, *groups, strict=True))
     order = np.argsort(first, kind="stable")  # as they were dispatched, over all ranks
     made["batch_latency"] = took[order]
     made["device"] = device[order][device[order] > 0]
@@ -98,13 +110,15 @@ def _groups(record: RankRecord) -> tuple[Rows, Rows, Rows]:
     return record.first_rows("query"), took, device if len(device) else np.zeros_like(took)
 
 
-def _on_the_drivers_clock(run: Run, record: RankRecord, driver: RankRecord, at: Rows) -> Rows:
-    """Map stamps of a rank's clock to the driver's; as they are where both read one clock."""
+def _on_the_drivers_clock(
+    run: Run, record: RankRecord, driver: RankRecord, at: Rows
+) -> Rows | None:
+    """Map stamps of a rank's clock to the driver's; None where one of the two is not known."""
     if record.before["clock"]["domain"] == driver.before["clock"]["domain"]:
         return at
     there, here = run.clock(record), run.clock(driver)
     if there is None or here is None:
-        return np.zeros_like(at)
+        return None
     return to_peer(here, there.many_to_reference_ns(at))
 
 
@@ -147,11 +161,6 @@ def driver_section(run: Run, times: list[RankTimes]) -> dict[str, Any] | None:
     (t,) = times
     model = run.clock(driver)
     at = (driver.after or {}).get("plan", {}).get("reference_ns")
-    bounds = [0 if at is None or model is None else model.bound_ns(at)]
-    for record in run.present:
-        other = run.clock(record)
-        if record.before["clock"]["domain"] != driver.before["clock"]["domain"]:
-            bounds.append(0 if other is None or at is None else bounds[0] + other.bound_ns(at))
     started = (driver.after or {}).get("started_ns")
     late = None if started is None or t.scheduled_ns is None else started - t.scheduled_ns
     return {
@@ -162,10 +171,37 @@ def driver_section(run: Run, times: list[RankTimes]) -> dict[str, Any] | None:
         "payload": driver.before.get("payload"),
         "offset_s": None if model is None or at is None else model.offset_ns(at) / NS,
         "bound_s": None if t.bound_ns is None else t.bound_ns / NS,
-        "parts_bound_s": max(bounds) / NS,
+        "parts_bound_s": _parts_bound_s(run, driver, t),
         "exchanges": 0 if model is None else len(model.exchanges),
         "late_s": None if late is None else late / NS,
     }
+
+
+def _parts_bound_s(run: Run, driver: RankRecord, times: RankTimes) -> float | None:
+    """Return how far queue and return can be wrong by the clocks, anywhere in the window, s.
+
+    Returns:
+        0 where the ranks read the driver's clock; None where a clock is not known.
+    """
+    there = [
+        r for r in run.present if r.before["clock"]["domain"] != driver.before["clock"]["domain"]
+    ]
+    if not there:
+        return 0.0
+    models = [run.clock(record) for record in (driver, *there)]
+    begin = (driver.after or {}).get("plan", {}).get("reference_ns")
+    if begin is None or None in models:
+        return None
+    known = [model for model in models if model is not None]
+    end = begin if times.finished_ref_ns is None else max(begin, times.finished_ref_ns)
+    # Between two exchanges a bound is widest half way, nearly; where the next begins, it jumps.
+    at = [begin, end]
+    for model in known:
+        stamps = [each.at_ns for each in model.exchanges]
+        at += stamps + [(a + b) // 2 for a, b in pairwise(stamps)]
+    inside = [each for each in at if begin <= each <= end]
+    first, *others = known
+    return max(first.bound_ns(x) + other.bound_ns(x) for x in inside for other in others) / NS
 
 
 def driver_found(run: Run) -> list[Finding]:

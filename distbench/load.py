@@ -22,6 +22,7 @@ from distbench.errors import UsageError
 from distbench.loadgen_rng import LEMIRE, WHOLE, Order, loadable_set, sample_order
 from distbench.rounds import MIN_DURATION_NS, MIN_QUERIES, Seeds
 from distbench.rules import Rules
+from distbench.talk import address_of
 
 DISPATCHES, PAYLOADS = ("static", "central"), ("index", "data")
 BACKLOG_S = 2.0
@@ -101,7 +102,8 @@ class Load:
         if self.dispatch == "central":
             raise UsageError(
                 "a search for the peak deals its queries out before each window: leave out "
-                "--dispatch central, and measure the rate that is found with it afterwards"
+                "--dispatch central, with --driver and --payload, and measure the rate that is "
+                "found with them afterwards"
             )
 
     @property
@@ -138,7 +140,14 @@ class Load:
         if named and self.dispatch != "central":
             raise UsageError(f"{named[0]} is for central dispatch: give --dispatch central")
         if bool(self.driver) != bool(self.driver_token):
-            raise UsageError("a driver is called with its token: give --driver and --driver-token")
+            raise UsageError(
+                "a driver is called with its token: give --dispatch central, --driver and "
+                "--driver-token"
+            )
+        if self.driver and not address_of(self.driver)[1]:
+            raise UsageError(
+                f"{self.driver!r} has no port: write ADDR:PORT, such as 10.0.0.2:29600"
+            )
 
 
 def check_arrival(text: str) -> str:

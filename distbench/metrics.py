@@ -134,7 +134,8 @@ def _arrivals(run: Run, times: list[RankTimes], lost: str) -> dict[str, dict[str
         "throughput.scheduled": (since_start_ns(last), "(queries - 1) / schedule of the last one"),
         "throughput.completed": (
             done_ns,
-            "(queries - 1) / completion of the query that was scheduled last, on its rank's clock",
+            "(queries - 1) / completion of the query that was scheduled last, on "
+            f"{'its rank' if run.driver is None else 'the driver'}'s clock",
         ),
     }
     unknown = lost or "there was one query alone, or the last one did not complete"

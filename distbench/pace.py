@@ -222,8 +222,8 @@ def _late(level: str, name: str, with_ns: int, without_ns: int, effect: float) -
         f"issued when it was ready: {effect:.1%} of it is the harness's lateness",
         value=effect,
         limit=EFFECT_INVALID,
-        remedy="leave a processor free for each rank's loop, stop other work on the host, or "
-        "lower --target-qps",
+        remedy="leave a processor free for each rank's loop, and one for the driver of central "
+        "dispatch, stop other work on the host, or lower --target-qps",
     )
 
 

@@ -11,6 +11,8 @@ from distbench.wire import Link
 
 TRIP_TIMEOUT_S = 0.25
 _PING = struct.Struct("<qI")
+PING_BYTES = wire.HEADER.size + _PING.size
+"""Of a ping's frame."""
 _PONG = struct.Struct("<qqq")
 
 Other = Callable[[Link, int, bytes], None]

@@ -161,7 +161,7 @@ def _in_time(record: RankRecord) -> Series:
 
 
 def _ttft_in_time(record: RankRecord) -> Series:
-    every = _of_every_query(record, "ttft")
+    every = of_every_query(record, "ttft")
     return (every - _lateness(record))[every < NONE]
 
 
@@ -171,16 +171,16 @@ def _device(record: RankRecord) -> Series:
 
 
 def _ttft(record: RankRecord) -> Series:
-    every = _of_every_query(record, "ttft")
+    every = of_every_query(record, "ttft")
     return every[every < NONE]
 
 
 def _tpot(record: RankRecord) -> Series:
-    every = _of_every_query(record, "tpot")
+    every = of_every_query(record, "tpot")
     return every[every < NONE]
 
 
-def _of_every_query(record: RankRecord, name: str) -> Series:
+def of_every_query(record: RankRecord, name: str) -> Series:
     """Return a time of every query that completed, ``NONE`` where it has no such time.
 
     Args:
@@ -190,6 +190,8 @@ def _of_every_query(record: RankRecord, name: str) -> Series:
     """
     if name == "latency":
         return _latency(record)
+    if f"every_{name}" in record.made:
+        return record.made[f"every_{name}"]
     good = record.column("completed") >= 0
     if "tokens" not in record.before["columns"]:
         return np.full(int(good.sum()), NONE)
@@ -217,7 +219,7 @@ def within(record: RankRecord, bounds: Sequence[Bound]) -> int:
     good = record.column("completed") >= 0
     kept = np.ones(int(good.sum()), np.bool_)
     for bound in bounds:
-        within_it = _of_every_query(record, bound.series) <= bound.limit_ns
+        within_it = of_every_query(record, bound.series) <= bound.limit_ns
         if bound.series == "tpot" and "tokens" in record.before["columns"]:
             within_it |= record.column("tokens")[good] == 1  # which has no time between tokens
         kept &= within_it

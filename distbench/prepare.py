@@ -107,6 +107,9 @@ class Central(Protocol):
     def record(self, after: dict[str, Any]) -> RankRecord:
         """Return what the driver recorded, on every rank; ``after`` takes its clock."""
 
+    def cut(self) -> None:
+        """Let the driver save what it has, at an early end."""
+
 
 Drive = Callable[[SystemUnderTest, SampleLog, Part, Collect, Cue], None]
 

@@ -205,6 +205,7 @@ class Recorder:
         self.flying = self.saved = self._over = False
         self.stall_s = float("inf")
         self.show: Callable[[int], None] = lambda _rows: None
+        self.before_judging: Callable[[], None] = lambda: None  # at an early end
         self.disk_error = ""
         self._flushed = 0
         self._wanted = threading.Event()
@@ -290,6 +291,7 @@ class Recorder:
             # A rank that was terminated or failed still lives to save; one that was lost does not.
             gone = end.rank if end.code == "lost" else -1
             others = [r for r in range(self.world.world_size) if r != gone]
+            self.before_judging()
             if self.world.rank == min(others, default=0):
                 self._await_others()
                 path = self.folder.path

@@ -125,6 +125,8 @@ def limits(
             known.offline_samples if known else min(OFFLINE_LIMIT, dataset_size or OFFLINE_LIMIT)
         )
         return Limits(min_queries=least, **common)
+    if scenario not in MIN_QUERIES:
+        raise UsageError(f"{rules.name} has no scenario {scenario}: leave --rules out")
     common |= {"min_queries": MIN_QUERIES[scenario], "percentile": PERCENTILES[scenario]}
     if scenario != "server":
         return Limits(**common)

@@ -80,8 +80,8 @@ def _merge_window(folders: Sequence[Path]) -> Path:
     for other in folders[1:]:
         if not other.exists() and other.parent.name == "windows":
             continue  # that host did not come so far
-        if not (other / "ranks").is_dir():
-            raise UsageError(f"{other} is no result directory: it has no folder ranks/")
+        if not any((other / each).is_dir() for each in ("ranks", "driver")):
+            raise UsageError(f"{other} is no result directory: it has no folder ranks/ or driver/")
         paths = [*sorted((other / "ranks").glob("[0-9]*")), *other.glob("driver")]
         for path in paths:
             own = target / path.relative_to(other)

@@ -2,11 +2,14 @@
 
     python -m distbench.server --target-qps 200 --duration 10s
     torchrun --standalone --nproc-per-node 2 -m distbench.server --latency-bound 15ms@p99
+    torchrun --standalone --nproc-per-node 2 -m distbench.server --dispatch central
     python -m distbench.server --target-qps auto --latency-bound 15ms@p99 --duration 60s
 
 Every latency counts from the instant at which its query was scheduled, so a system that stalls is
-charged for all who wait meanwhile. One schedule is drawn from one seed before the window and its
-queries are dealt to the replicas by a second draw; nothing is sent between ranks in the window.
+charged for all who wait meanwhile. One schedule is drawn from one seed before the window. With
+--dispatch static, the default, its queries are dealt to the replicas by a second draw, and nothing
+is sent between ranks in the window; with --dispatch central a driver process issues each one, when
+it is due, to the replica that has the fewest outstanding.
 With --target-qps auto the highest rate that keeps the bounds is searched for: short windows first,
 then one of the whole --duration that confirms it.
 """
@@ -308,8 +311,8 @@ OPTIONS = (
         "static|central",
     ),
     Option("payload", "index", one_of(*PAYLOADS), "what a driver sends", "index|data"),
-    Option("driver", "", str, "a driver that was started by hand", "ADDR:PORT"),
-    Option("driver-token", "", str, "the file of its token", "FILE"),
+    Option("driver", "", str, "of central dispatch: one started by hand", "ADDR:PORT"),
+    Option("driver-token", "", str, "the file of its token, on rank 0's host", "FILE"),
 )
 
 

@@ -20,6 +20,8 @@ from distbench.wire import Link, LinkClosed, Seat
 TELL, RAW = 40, 41
 """Kinds of frames between rank 0 and the driver: JSON, and int64 numbers that belong to it."""
 PIECE_BYTES = 32 << 20
+LIMIT_BYTES = 2 << 30
+"""Of one array: more than all columns of as many samples as are gathered."""
 CALL_S, LOAD_S = 60.0, 600.0
 """How long all links together may take to open, and a model to load its samples."""
 
@@ -50,6 +52,8 @@ def hear(link: Link) -> tuple[dict[str, Any], list[Any]]:
     value = json.loads(payload)
     arrays = []
     for size in value.pop("sizes"):
+        if not 0 <= size <= LIMIT_BYTES:
+            raise LinkClosed(f"{link.seat} sends {size} bytes at once; {LIMIT_BYTES} is the limit")
         blob = bytearray()
         while len(blob) < size:
             kind, piece = link.receive()

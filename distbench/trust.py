@@ -9,6 +9,7 @@ from distbench.clock import WANDER_PPM, contradiction_ns
 from distbench.errors import where
 from distbench.findings import EFFECT_INVALID, Finding, graded
 from distbench.intervals import trends
+from distbench.joined import worker_times
 from distbench.pace import pace_found
 from distbench.pool import Pool
 from distbench.run import RankRecord, Run
@@ -37,7 +38,7 @@ def measurement_found(
             found += _trend(record, drift)
     if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
         found += settled_found(pool, times, drifts)
-    own: list[RankTimes | None] = list(times) if run.driver is None else [None] * len(run.present)
+    own: list[RankTimes | None] = list(times if run.driver is None else worker_times(run))
     for record, t in [*zip(run.present, own, strict=True), *((d, None) for d in _driver(run))]:
         found += _interference(record, t, scenario(run.scenario))
         found += _clock(run, record)

@@ -147,6 +147,8 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
     if course.central:
         course.central.open(folder, before)
     stall_ns = settings.timeout_ns or 10_000_000_000 + 20 * warm.slowest_group_ns
+    if course.central:
+        recorder.before_judging = course.central.cut
     recorder.watch(stall_ns / 1e9)
     try:
         kept = window(course, sut, world, recorder, part, settings)

@@ -150,6 +150,17 @@ class Link:
         self.heard_ns = time.monotonic_ns()
         return kind, payload
 
+    def whole(self, size: int) -> bool:
+        """Tell, without waiting, whether so many bytes are here, or the other end is gone."""
+        try:
+            wanted = size - len(self._unread)
+            seen = self.connection.recv(wanted, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            return len(seen) in (0, wanted)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True  # receiving says what it is
+
     def _fill(self, size: int, until: float | None) -> None:
         """Read until ``size`` bytes wait; what came before a timeout is kept for the next call."""
         while len(self._unread) < size:
@@ -275,9 +286,12 @@ def open_link(
     try:
         connection = socket.create_connection(address, timeout_s, (source, 0))
     except OSError as error:
+        remedy = "a firewall between the nodes must let them connect to each other on any port"
+        if role and isinstance(error, ConnectionRefusedError):
+            remedy = f"start {to} before the ranks; it serves one run, and is started anew for each"
         raise UsageError(
             f"{own} cannot reach {to} at {address[0]} port {address[1]} from {source or 'here'}: "
-            f"{error}; a firewall between the nodes must let them connect to each other on any port"
+            f"{error}; {remedy}"
         ) from error
     link = Link(_tuned(connection), Seat(0, address[0], "", "", 0))
     connection.settimeout(timeout_s)  # rank 0 greets one caller after the other, strays included
@@ -288,7 +302,10 @@ def open_link(
         link.seat = read_seat(json.loads(answer))
     except (TimeoutError, LinkClosed, ValueError) as error:
         link.close()
-        raise UsageError(f"{own} reached {to} at {address[0]}, which hung up: {error}") from error
+        why = str(error)
+        if role:
+            why = "it has another token, or serves another run (--driver-token)"
+        raise UsageError(f"{own} reached {to} at {address[0]}, which hung up: {why}") from error
     connection.settimeout(ECHO_TIMEOUT_S)
     echo(link, own, answers=False)
     return link

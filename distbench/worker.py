@@ -12,6 +12,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 from distbench.batching import next_batch
 from distbench.clock import Now
@@ -30,7 +31,7 @@ from distbench.frames import (
     Channel,
     ChannelLost,
 )
-from distbench.prepare import Cue
+from distbench.prepare import Cue, Groups
 from distbench.samples import FAILED, SampleLog
 from distbench.sut import FOREVER, Collect, Done, First, Indices, SystemUnderTest
 
@@ -246,3 +247,15 @@ class Preloaded:
     def flush(self) -> bool:
         """Nothing is sent."""
         return True
+
+
+def loaded(
+    sut: SystemUnderTest, log: SampleLog, groups: Groups, collect: Collect, now: Now
+) -> None:
+    """Run the loop over queries that have all come: what it costs, waiting and sending left out."""
+    del groups  # its own, one query each
+    cue = Cue(now, lambda: None, lambda _until: None, [False])
+    channel: Any = Preloaded(log.capacity)
+    inbox = Inbox(channel, log, now)
+    inbox.read()
+    worker_loop(sut, log, inbox, collect, reporter(channel, log), cue, 1, 0)

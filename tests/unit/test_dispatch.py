@@ -241,6 +241,7 @@ def test_tokens_failures_and_firsts_are_noted_on_the_drivers_clock() -> None:
     ledger.take(0, [(FIRST, 2, 77, b""), (PULSE, 0, 0, b"")])
     at[0] = 6_000
     ledger.take(0, [(DONE, 2, 9, b""), (DONE, 0, -1, b"")])
+    ledger.over = True
     ledger.take(1, [(DONE, 1, 0, b""), (LEFT, 1, WHOLE, b"")])
     assert log.completed.tolist() == [FAILED, 6_000, 6_000]
     rows = {name: log.rows[:, place].tolist() for place, name in enumerate(log.columns)}
@@ -358,6 +359,16 @@ def test_a_replica_that_stops_answering_gives_the_window_up(stack: ExitStack) ->
     # Of the ten answers so many had come when 64 were outstanding: none, where this process waited.
     assert 64 + 1 <= len(seen) <= 74 + 1
     assert seen[-1] == "halted"
+
+
+def test_a_replica_that_leaves_before_the_end_ends_the_loop(stack: ExitStack) -> None:
+    here, there = pair(stack)
+    there.post(LEFT, 0, WHOLE)
+    there.drain(5)
+    hub = Hub([here], [], now_ns, 50_000)
+    log = made_log(np.arange(3) * 10**9, now_ns())
+    with pytest.raises(DriverEnded, match="replica 0 left its loop early"):
+        dispatch_loop(hub, log, [0] * 3, Ledger(log, 1, now_ns), now_ns, 0, 64)
 
 
 def test_the_end_of_a_link_ends_the_loop(stack: ExitStack) -> None:

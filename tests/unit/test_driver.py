@@ -27,7 +27,7 @@ from distbench.errors import DRIVER, UsageError
 from distbench.frames import DONE, END, HALTED, LEFT, LOAD, LOADED, QUERY, UNLOAD, WHOLE, Channel
 from distbench.run import read_record
 from distbench.spawn import payload_module, start_driver
-from distbench.talk import address_of, hear, read_token, tell
+from distbench.talk import LIMIT_BYTES, TELL, address_of, hear, read_token, tell
 from distbench.wire import Seat
 
 pytestmark = pytest.mark.timeout(60)
@@ -117,6 +117,42 @@ def test_windows_one_after_the_other_and_the_end(stack: ExitStack, tmp_path: Pat
         assert record.after["started_ns"] >= begin
     tell(rank.control, {"do": "bye"})
     assert rank.process.wait(10) == 0
+
+
+@pytest.mark.parametrize("folder", [("..", "x"), ("/etc",), ("a/b",), ("", "x"), (".",), ()])
+def test_no_folder_is_made_outside_its_own(
+    stack: ExitStack, tmp_path: Path, folder: tuple[str, ...]
+) -> None:
+    rank = Rank0(stack, tmp_path / "out")
+    told = rank.window(np.arange(4), folder)
+    assert "makes no folder outside its --output-dir" in told["error"]
+    assert [each.name for each in tmp_path.rglob("*")] == []
+
+
+def test_a_part_of_a_ping_does_not_stop_the_loop(stack: ExitStack, tmp_path: Path) -> None:
+    rank = Rank0(stack, tmp_path)
+    due = np.arange(100) * 2_000_000
+    rank.window(due)
+    rank.start()
+    rank.clock.connection.sendall(wire.HEADER.pack(wire.PING, 12)[:3])
+    seen = rank.served()
+    assert len(seen) == 101
+    hear(rank.control)
+    record = read_record(tmp_path / "run" / "driver", "driver.json")
+    late = record.column("issued") - record.column("scheduled")
+    assert np.median(late) < 1e9  # a driver that waited for the rest would be 5 s late
+    rank.clock.connection.sendall(wire.HEADER.pack(wire.PING, 12)[3:] + bytes(12))
+    assert rank.clock.receive()[0] == wire.PONG
+
+
+def test_what_is_too_long_is_not_taken() -> None:
+    one, other = socket.socketpair()
+    here, there = wire.Link(one, OWN), wire.Link(other, OWN)
+    there.send(TELL, json.dumps({"sizes": [LIMIT_BYTES + 1]}).encode())
+    with pytest.raises(wire.LinkClosed, match="is the limit"):
+        hear(here)
+    here.close()
+    there.close()
 
 
 def test_its_clock_is_measured_between_windows_and_in_them(

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 from distbench import verify
+from distbench.bounds import parse_bounds
 from distbench.clock import ClockModel, Exchange
 from distbench.joined import joined, official, to_peer
+from distbench.pool import series, within
 from distbench.run import RankRecord, Run, load_run
 from distbench.salvage import merge
 from distbench.samples import PENDING
@@ -54,8 +56,12 @@ def test_the_result_names_clocks_bounds_and_definitions() -> None:
     assert driver["offset_s"] == DRIVER_OFFSET_NS / 1e9
     assert driver["bound_s"] >= BOUND_NS / 1e9
     # Rank 0 reads the reference clock; rank 1 and the driver are each known to a bound.
-    bounds = [run.clock(each).bound_ns(START_NS) for each in (run.driver, run.present[1])]  # type: ignore[union-attr,arg-type]
-    assert driver["parts_bound_s"] == pytest.approx(sum(bounds) / 1e9)
+    # Their sum moves in the window, which lasts 2 s.
+    models = [run.clock(each) for each in (run.driver, run.present[1])]  # type: ignore[arg-type]
+    at = range(START_NS, START_NS + 2 * 10**9, 10**6)
+    bounds = [sum(model.bound_ns(x) for model in models if model) for x in at]
+    assert driver["parts_bound_s"] == pytest.approx(max(bounds) / 1e9, rel=0.01)
+    assert max(bounds) > 1.2 * bounds[0]
     assert driver["late_s"] == 700e-9
     text = run.report()
     assert "driver         control, process 4711: latencies are on its clock" in text
@@ -113,6 +119,73 @@ def test_mapping_many_instants_is_mapping_each() -> None:
     single = np.array([model.to_peer_ns(int(each)) for each in at])
     assert np.abs(to_peer(model, at) - single).max() <= 1
     assert to_peer(ClockModel(), at) is at
+
+
+def with_tokens(run: Run, late_us: int = 0) -> Run:
+    """Let every query have five tokens, the first 100 us after the engine began.
+
+    The driver reads First and Done at once; the ranks issue ``late_us`` later than they could.
+    """
+    assert run.driver is not None and run.driver.rows is not None
+    done = run.driver.column("completed")[:, None]
+    rows = np.hstack([run.driver.rows, np.full_like(done, 5), done])
+    columns = [*run.driver.before["columns"], "tokens", "first_token"]
+    driver = replace(run.driver, rows=rows, before=run.driver.before | {"columns": columns})
+    records = []
+    for each in run.present:
+        assert each.rows is not None
+        own, columns = each.rows.copy(), each.before["columns"]
+        own[:, columns.index("issued")] += late_us * US
+        own[:, columns.index("tokens")] = 5
+        own[:, columns.index("first_token")] = each.column("started") + 100 * US
+        records.append(replace(each, rows=own))
+    return replace(run, records=tuple(records), driver=driver)
+
+
+def test_the_time_between_tokens_is_on_the_ranks_clock() -> None:
+    (driver,) = official(with_tokens(dispatched(100)))
+    # (ended - first token) / 4 on the rank; on the driver's clock it would be 0.
+    assert series(driver, "tpot").tolist() == [(440 - 137) * US // 4] * 100
+    assert series(driver, "ttft").tolist() == [500 * US] * 100
+    assert within(driver, parse_bounds("tpot=75us@p99")) == 0
+    assert within(driver, parse_bounds("tpot=76us@p99")) == 100
+
+
+def test_what_a_rank_is_late_is_taken_from_the_first_token_too() -> None:
+    (driver,) = official(with_tokens(dispatched(100), late_us=2))
+    assert set(driver.made["lateness"].tolist()) == {17 * US}
+    assert set(driver.made["ttft_in_time"].tolist()) == {(500 - 17) * US}
+
+
+def test_without_exchanges_queue_and_return_are_not_made_up() -> None:
+    run = dispatched(100)
+    assert run.driver is not None and run.present[0].after is not None
+    clock = {**run.driver.before["clock"], "exchanges": []}
+    driver = replace(run.driver, before=run.driver.before | {"clock": clock})
+    zero = replace(run.present[0], after=None)
+    lost = replace(run, records=(zero, run.present[1]), driver=driver)
+    made = made_of(lost)
+    assert [len(made[n]) for n in ("latency", "queue", "return", "service")] == [100, 0, 0, 0]
+    assert lost.result()["clock"]["driver"]["parts_bound_s"] is None
+    assert "how it stands to the ranks' is not known" in lost.report()
+
+
+def test_a_driver_whose_ranks_left_no_samples() -> None:
+    run = dispatched(100)
+    bare = [replace(each, rows=None, problem="damaged") for each in run.present]
+    made = made_of(replace(run, records=tuple(bare)))
+    assert [len(made[n]) for n in ("latency", "queue", "batch_latency")] == [100, 0, 0]
+
+
+def test_waiting_for_a_processor_is_held_against_the_work() -> None:
+    run = dispatched(2_000)
+    one = run.present[1]
+    assert one.after is not None
+    # 1,000 queries of 405 us are in flight for 0.4 s of 2 s; a tenth of that is 2 % of the window.
+    one.after["quiet"]["run_delay_ns"] = 1_000 * 40 * US
+    found = [f for f in run.result()["verdict"]["findings"] if f["code"] == "interference"]
+    assert [f["rank"] for f in found] == [1]
+    assert found[0]["value"] == pytest.approx((40 - 5) / 405)
 
 
 # What goes wrong
@@ -202,6 +275,15 @@ def test_salvage_brings_the_drivers_folder_too(tmp_path: Path) -> None:
     (one / "result.json").unlink()
     merge([one, other])
     assert load_run(one).result() == load_run(other).result()
+
+
+def test_salvage_takes_what_a_driver_left_alone(tmp_path: Path) -> None:
+    one, other = (store(tmp_path / name, dispatched()) for name in ("a", "b"))
+    shutil.rmtree(one / "driver")
+    (one / "result.json").unlink()
+    shutil.rmtree(other / "ranks")
+    merge([one, other])
+    assert load_run(one).result()["verdict"]["status"] == "VALID"
 
 
 def test_a_rank_that_was_killed_has_the_rows_that_came(tmp_path: Path) -> None:
