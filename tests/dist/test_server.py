@@ -380,11 +380,26 @@ def _queue(out: str, load: float, seed: int, seconds: float) -> dict[str, Any]:
     )
 
 
-def _half(values: Sequence[float], conf: float) -> tuple[float, float]:
-    means = np.array([part.mean() for part in np.array_split(np.asarray(values), 20)])
-    return float(means.mean()), float(
-        t_quantile(1 - (1 - conf) / 2, 19) * means.std(ddof=1) / np.sqrt(20)
-    )
+def _mean_waits(rho: float, queries: int, seed: int) -> Any:
+    """Return the mean waits, in services, of 20,000 windows of an M/D/1 queue that begins empty.
+
+    The intervals come from these: means of batches within a window of 1,000 queries are not
+    independent at a load of 0.8, and t intervals of 20 of them hold the truth in 81 % of windows
+    where they say 95 %, in 96 % where they say 99.9 %.
+    """
+    rng = np.random.default_rng(seed)
+    wait, total = np.zeros(20_000), np.zeros(20_000)
+    for _ in range(queries):
+        total += wait
+        wait = np.maximum(0, wait + 1 - rng.exponential(1 / rho, len(wait)))
+    return total / queries
+
+
+def test_the_windows_that_intervals_come_from_are_pollaczek_khinchines() -> None:
+    for rho in (0.3, 0.6, 0.8):
+        found = _mean_waits(rho, 3_000, 1)
+        # From empty to steady takes a few dozen services, of 3,000: a per cent at the most.
+        assert found.mean() == pytest.approx(rho / (2 * (1 - rho)), rel=0.015)
 
 
 @pytest.mark.slow
@@ -404,13 +419,13 @@ def test_waits_in_real_time_are_pollaczek_khinchines(
         told = run_ranks(_queue, ranks, str(tmp_path), load, seed, 5.0, timeout_s=60)
         waits, service_s = _wait_s(told[0])
         rho = load * service_s / 0.004
-        truth = rho / (2 * (1 - rho)) * service_s
+        likely = [_mean_waits(rho, len(own), seed) * service_s for own in waits]
         for conf in within:
-            held = True
-            for own in waits:
-                mean, half = _half(own, conf)
-                held &= abs(mean - truth) <= half
-            within[conf] += held
+            tail = (1 - conf) / 2 / ranks  # both ranks together
+            within[conf] += all(
+                np.quantile(each, tail) <= own.mean() <= np.quantile(each, 1 - tail)
+                for own, each in zip(waits, likely, strict=True)
+            )
     print(f"load {load}, {ranks} ranks: {within}")
-    assert within[0.95] >= (16 if ranks == 1 else 14)
-    assert within[0.999] >= 19
+    assert within[0.95] >= 16
+    assert within[0.999] == 20
