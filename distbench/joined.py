@@ -135,18 +135,24 @@ def to_peer(model: ClockModel, reference_ns: Rows) -> Rows:
 
 def worker_times(run: Run) -> list[RankTimes]:
     """Return each rank's times by its own log, its latencies by the driver's."""
-    return [
-        replace(rank_times(run, record, facts(record)), own=_own(run, record.rank))
-        for record in run.present
-    ]
+    times = []
+    for record in run.present:
+        t, mine = rank_times(run, record, facts(record)), _latencies(run, record.rank)
+        sums = (len(mine), int(mine.max(initial=0)), int(mine.sum()))
+        times.append(replace(t, own=_own(mine), series={**t.series, "latency": sums}))
+    return times
 
 
-def _own(run: Run, rank: int) -> dict[str, int]:
+def _latencies(run: Run, rank: int) -> Rows:
+    """Return the driver's latencies of the queries that one rank served."""
     driver = run.driver
     if driver is None or driver.rows is None:
-        return {}
+        return np.zeros(0, np.int64)
     good = driver.column("completed") >= 0
-    mine = series(driver, "latency")[driver.column("served_by")[good] == rank]
+    return np.asarray(series(driver, "latency")[driver.column("served_by")[good] == rank])
+
+
+def _own(mine: Rows) -> dict[str, int]:
     if len(mine) == 0:
         return {}
     found = percentiles_ns(mine, list(OWN.values()))

@@ -116,6 +116,8 @@ def _interference(record: RankRecord, t: RankTimes | None, kind: Scenario) -> li
         waited_ns = max(0, waited_ns - t.series["lateness"][2])
         of_ns = max(1, min(of_ns, t.series["batch_latency"][2]))
         of = "the time that it had work in flight"
+        if "query" in record.before["columns"]:  # waking for what a driver sends is in no lateness
+            of_ns, of = max(1, t.series["latency"][2]), "the time that its queries took"
     effect = waited_ns / of_ns
     level = graded(effect)
     if level is None:
