@@ -185,7 +185,10 @@ def _warm(course: Course, sut: SystemUnderTest, world: World, settings: Settings
     problem, warm = None, Warmup(0.0, 0, 0, ())
     try:
         with record.watched(world, setup_limit_s(settings)) as tell:
-            (course.central.load(sut, order) if course.central else sut.load(order))
+            if course.central:
+                course.central.load(sut, order)
+            else:
+                sut.load(order)
             warm = warm_up(course.loop, sut, size, settings.warmup_ns, order, world.now, tell)
     except Exception as error:  # the user's model: any exception is a sentence on every rank
         problem = _failed_warm_up(error)
