@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, final, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ KEPT_ERRORS = 8
 Indices = NDArray[np.int64]
 
 
+@final
 class Done(NamedTuple):
     """One issued group has ended.
 
@@ -52,6 +53,7 @@ class Done(NamedTuple):
     token_ns: Sequence[int] = ()
 
 
+@final
 class First(NamedTuple):
     """The first token of a row is out.
 
@@ -253,7 +255,7 @@ def collector(
         groups = 0
         for done in done_groups:
             stamp = now()
-            if isinstance(done, First):
+            if type(done) is First:  # isinstance costs 0.7 clock reads more
                 if first_at is not None:
                     first_at[done.row] = done.token_ns
                 continue
