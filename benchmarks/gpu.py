@@ -3,7 +3,8 @@
     python benchmarks/gpu.py
     python benchmarks/gpu.py --seconds 20 --json a30.json
 
-1. The Offline command under torchrun with NCCL, one rank, and ``verify`` on what it wrote.
+1. The commands under torchrun, one rank, and ``verify`` on what each wrote: Offline over NCCL, with
+   resnet50 in every dtype, Server with digits, resnet50 and tinylm, SingleStream.
 2. The tests in tests/gpu.
 3. Time per batch on the host and on the device, for several widths and batch sizes of the digits
    network, in distbench's loop. Device time is that between two events around the computation, so
@@ -52,6 +53,18 @@ WIDTHS, BATCHES = (32, 128, 512), (1, 32, 512)
 COMPARED = ((32, 32), (32, 512), (512, 32))
 """Width and batch size in the comparison of loops."""
 BLOCK_NS, MOST_GROUPS = 50_000_000, 2000
+DTYPES = ("fp32", "tf32", "bf16", "fp16")
+SHOWN = {
+    "throughput": (1.0, ""),
+    "accuracy": (1.0, ""),
+    "throughput.tokens": (1.0, ""),
+    **{
+        f"{name}.{quantile}": (1e6, "us")
+        for name in ("batch_latency", "latency", "lateness", "device", "ttft", "tpot")
+        for quantile in ("p50", "p99")
+    },
+}
+"""Of each command's metrics: how its unit is scaled, and to what."""
 TOLERANCE = 1e-3
 """Between a GPU and a CPU in float32, relative to the largest logit."""
 
@@ -76,41 +89,58 @@ def tail(text: str) -> str:
     return "\n".join(text.strip().splitlines()[-15:])
 
 
-# -- 1. the command ------------------------------------------------------------------------------
+# -- 1. the commands ----------------------------------------------------------------------------
 
 
-def command(report: Report, seconds: float) -> bool:
-    """Run Offline over NCCL and verify what it wrote; returns whether all went well."""
+def commands(seconds: float) -> list[tuple[str, str, list[str]]]:
+    """Return the runs: a name, the scenario's module, its flags."""
+    lasting = ["--duration", f"{seconds:g}s", "--device", "cuda", "--quiet"]
+    resnet, tiny = ["--model", "resnet50", "--dtype"], ["--model", "tinylm"]
+    at_500 = ["--target-qps", "500"]
+    batched = [*resnet, "fp16", "--max-batch", "8", "--max-wait", "2ms"]
+    made = [("Offline, digits, over NCCL", "offline", ["--backend", "nccl"])]
+    for dtype in DTYPES:
+        flags = [*resnet, dtype, "--batch-size", "64"]
+        made.append((f"Offline, resnet50 {dtype}, batch size 64", "offline", flags))
+    made += [
+        ("Server, digits, 500 queries/s", "server", at_500),
+        ("Server, resnet50 fp16, 500 queries/s", "server", [*at_500, *batched]),
+        ("Server, tinylm, 10 queries/s", "server", ["--target-qps", "10", *tiny]),
+        ("SingleStream, digits", "singlestream", []),
+    ]
+    return [(name, scenario, [*lasting, *flags]) for name, scenario, flags in made]
+
+
+def command(report: Report, name: str, scenario: str, flags: list[str]) -> bool:
+    """Run a scenario by torchrun and verify what it wrote; returns whether all went well."""
     with tempfile.TemporaryDirectory(prefix="distbench-gpu-") as folder:
         done = run(
             *("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"),
-            *("-m", "distbench.offline", "--backend", "nccl", "--device", "cuda", "--quiet"),
-            *("--duration", f"{seconds}s", "--output-dir", folder),
+            *("-m", f"distbench.{scenario}", *flags, "--output-dir", folder),
         )
         found = list(Path(folder).iterdir())
         if done.returncode or len(found) != 1:
-            report.say(f"Offline over NCCL FAILED ({done.returncode}):\n{tail(done.stdout)}")
+            report.say(f"{name} FAILED ({done.returncode}):\n{tail(done.stdout)}")
             return False
         result = json.loads((found[0] / "result.json").read_bytes())
         rank = json.loads((found[0] / "ranks/00000/rank.json").read_bytes())
         check = run("-m", "distbench.verify", str(found[0]))
     told = result["metrics"]
-    names = {"throughput": 1, "accuracy": 1, "batch_latency.p50": 1e6, "device.p50": 1e6}
     rows = [
-        Row(name, [told[name]["value"] * scale], "us" if scale > 1 else told[name]["unit"])
-        for name, scale in names.items()
-        if name in told and told[name]["value"] is not None
+        Row(key, [told[key]["value"] * scale], unit or told[key]["unit"])
+        for key, (scale, unit) in SHOWN.items()
+        if key in told and told[key]["value"] is not None
     ]
-    busy = result["per_rank"][0]["metrics"]["device_busy"]
-    rows.append(Row("device busy", [] if busy is None else [busy], note="no device times"))
-    report.table(f"1. torchrun -m distbench.offline, one rank, over {rank['backend']}", rows)
+    busy = result["per_rank"][0]["metrics"].get("device_busy")
+    if busy is not None:
+        rows.append(Row("device busy", [busy]))
+    report.table(f"1. {name}, backend {rank['backend']}", rows)
     verdict = result["verdict"]
     codes = ", ".join(f"{each['level']} {each['code']}" for each in verdict["findings"]) or "none"
-    good = check.returncode == 0 and rank["backend"] == "nccl"
     report.say(f"measurement {verdict['status']}; findings: {codes}")
     report.say("verify: good" if check.returncode == 0 else f"verify FAILED:\n{tail(check.stdout)}")
-    report.record["offline"] = result
-    return good
+    report.record["runs"][name] = result
+    return check.returncode == 0 and ("nccl" not in flags or rank["backend"] == "nccl")
 
 
 # -- 2. the tests --------------------------------------------------------------------------------
@@ -331,7 +361,7 @@ def main() -> int:
     """Measure, print and write; returns the exit status."""
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=31, help="blocks of each kind (31)")
-    made.add_argument("--seconds", type=float, default=5.0, help="of the Offline command (5)")
+    made.add_argument("--seconds", type=float, default=5.0, help="of each command (5)")
     options = made.parse_args()
     try:
         device = choose_device("cuda", 0)
@@ -340,7 +370,9 @@ def main() -> int:
     report = Report("gpu", vars(options))
     report.record["device"] = asdict(device)
     report.say(f"{device.name or 'a GPU that NVML does not name'}, torch {torch.__version__}")
-    good = [command(report, options.seconds), tests(report)]
+    report.record["runs"] = {}
+    good = [command(report, *each) for each in commands(options.seconds)]
+    good.append(tests(report))
     gpu = torch.device("cuda", device.index)
     with lock_gpu(device.uuid), quiet():
         torch.cuda.set_device(gpu)

@@ -70,7 +70,13 @@ class FakeCuda:
                 return 1.25
 
         self.Stream, self.Event = Stream, Event
-        self.current: list[str] = []
+        self.current: list[str] = ["outer"]
+
+    def current_stream(self, device: Any) -> str:
+        return self.current[-1]
+
+    def set_stream(self, stream: Any) -> None:
+        self.current[-1] = stream if isinstance(stream, str) else stream.name
 
     def stream(self, stream: Any) -> Any:
         fake = self
@@ -115,6 +121,15 @@ def test_gpu_issue_launches_in_order_on_two_streams_and_waits_for_nothing() -> N
         ("forward", "compute", 3),
         ("record", "compute", "timed2"),
     ]
+    assert fake.current == ["outer"], "the caller's stream is the current one again"
+
+
+def test_a_module_that_raises_leaves_the_callers_stream_current() -> None:
+    sut, fake = _gpu()
+    sut.module = lambda _: 1 / 0  # type: ignore[assignment,return-value]
+    with pytest.raises(ZeroDivisionError):
+        sut.issue(0, np.array([1]))
+    assert fake.current == ["outer"]
 
 
 def test_gpu_poll_waits_for_the_oldest_groups_last_event_alone() -> None:

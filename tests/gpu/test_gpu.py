@@ -137,13 +137,15 @@ def test_two_groups_are_in_flight_and_end_in_order() -> None:
     sut = _on_gpu(batch, width=256, depth=16)  # 1 TFLOP a group: milliseconds on any GPU
     assert sut.depth == 2
     groups = list(groups_of(np.arange(2 * batch) % sut.total, batch))
-    for _ in range(2):  # the first time around chooses kernels
+    for warm in (False, True):
         for row, indices in groups:
             sut.issue(row, indices)
         ended = [*sut.poll(0)]
-        assert ended == [], "issue must not wait for the GPU"
-        with pytest.raises(IndexError):
-            sut.issue(2 * batch, groups[0][1])
+        # The first time around the host loads and chooses kernels while the GPU may well end.
+        assert not (warm and ended), "issue must not wait for the GPU"
+        if warm:
+            with pytest.raises(IndexError):
+                sut.issue(2 * batch, groups[0][1])
         ended += [done for _ in groups for done in sut.poll(FOREVER)]
         assert [(done.row, done.count) for done in ended] == [(0, batch), (batch, batch)]
         assert sut.poll(FOREVER) == []
