@@ -3,7 +3,7 @@
     doubling    from a quarter of what the warm-up did, until a rate fails
     bisection   between the last rate that passed and the first that failed, on a log scale
     confirming  a fresh window of the full duration at the best rate; while it does not keep the
-                bounds, a lower rate
+                bounds, a lower rate; where the first one does, higher ones until one does not
 
 ``search`` is a generator: it yields each window to take and is sent what became of it. It knows
 nothing of clocks, ranks or files, so that whoever has the outcomes can ask it again what followed
@@ -55,6 +55,10 @@ do not suffice, the window is too short to tell such rates apart, and a wider ma
 can confirm. A window that is far from confirming, its whole interval above the limit or none there,
 is followed by the step after next.
 """
+RAISE_STEPS = (0.02, 0.04, 0.07, 0.11, 0.15, 0.22)
+"""By so much the rate is above the best one in the windows that follow where the first confirming
+window keeps the bounds, until one does not: a rate whose probes failed by chance is never probed
+again, and all above it would be lost."""
 LIMITS = 10
 """Times the longest bound that a window lasts at least: at a rate 10 % above what is completed the
 queue then grows to the bound within it, and in a shorter one it would pass."""
@@ -126,8 +130,8 @@ class End:
 
     Attributes:
         found: whether a rate passed, so that there were confirming windows.
-        confirmed: whether the last of them kept the bounds.
-        capped: whether no rate failed, up to the highest that is tried.
+        confirmed: whether one of them kept the bounds; the peak is the rate of the last that did.
+        capped: whether the highest rate that is tried keeps the bounds: the peak lies beyond.
         why: in words, where something is missing.
     """
 
@@ -278,6 +282,8 @@ def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
         found = yield Step(CONFIRM, rounded(qps * (1 - CONFIRM_STEPS[place])), plan.duration_ns)
         tried += 1
         if found.word == PASS:
+            if tried == 1 and not capped:
+                capped = yield from _raise(plan, qps)
             return End(True, True, capped)
         if found.hopeless:
             why = "it has fewer queries than any interval needs, and a lower rate has fewer still"
@@ -286,6 +292,15 @@ def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
             break
         place = min(last, place + (2 if found.word == FAIL or not found.resolved else 1))
     return End(True, False, capped, f"{tried} windows were tried")
+
+
+def _raise(plan: Plan, qps: float) -> _Probing:
+    """Confirm higher rates than one that is confirmed; returns whether all kept the bounds."""
+    for share in RAISE_STEPS:
+        found = yield Step(CONFIRM, rounded(qps * (1 + share)), plan.duration_ns)
+        if found.word != PASS:
+            return False
+    return True
 
 
 def rounded(qps: float) -> float:

@@ -18,7 +18,18 @@ from typing import Any
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import metric
 from distbench.ruling import table
-from distbench.search import CONFIRM, DOUBLINGS, FAIL, FIRST_SHARE, End, Plan, Step, replay
+from distbench.search import (
+    CONFIRM,
+    DOUBLINGS,
+    FAIL,
+    FIRST_SHARE,
+    PASS,
+    PROBE,
+    End,
+    Plan,
+    Step,
+    replay,
+)
 from distbench.tried import Reading, reading
 from distbench.windows import absent_found, lifted, line, number
 
@@ -102,12 +113,11 @@ def searched(
         run_id: of the command.
 
     Returns:
-        As ``verdict.result``, of the last confirming window, with ``peak`` and the trail.
+        As ``verdict.result``, of the last window that confirmed, with ``peak`` and the trail.
     """
     every = list(results.values())
     trail = followed(results)
-    confirms = [name for name, each in results.items() if step_of(each).kind == CONFIRM]
-    rests = confirms[-1] if confirms else None
+    rests = _rests(results)
     base = results[rests] if rests else every[-1]
     numbers = [n for each in every if (n := number(each)) is not None]
     more = len(trail.readings) + isinstance(trail.follows, Step)
@@ -134,6 +144,13 @@ def searched(
             "search": {**base["window"]["search"], "step": None, "rests": rests},
         },
     }
+
+
+def _rests(results: Mapping[str, dict[str, Any]]) -> str | None:
+    """Return the window that the figures rest on: the last that confirmed, or that was to."""
+    confirms = [name for name, each in results.items() if step_of(each).kind == CONFIRM]
+    kept = [name for name in confirms if reading(results[name], CONFIRM).outcome.word == PASS]
+    return next(reversed(kept or confirms), None)
 
 
 def _found(results: Mapping[str, dict[str, Any]], rests: str | None, trail: Trail) -> list[Finding]:
@@ -185,19 +202,34 @@ def _of_search(rests: str | None, trail: Trail) -> list[Finding]:
             )
         )
     if end.capped:
-        highest = max(step.target_qps for step in trail.steps)
-        found.append(
-            Finding(
-                "undecided",
-                "peak-beyond",
-                f"no rate failed, up to {highest:g} queries/s, {CAP:g} times what the warm-up did, "
-                "where the search stops: the peak lies beyond",
-                value=highest,
-                remedy="see whether the model does its work, give a stricter --latency-bound, or "
-                "a rate",
-            )
-        )
+        found.append(_beyond(trail))
     return found
+
+
+def _beyond(trail: Trail) -> Finding:
+    """Return the finding on a search in which the highest rate that it tries keeps the bounds."""
+    rates: dict[str, list[float]] = {PROBE: [], CONFIRM: []}
+    for step, each in zip(trail.steps, trail.readings.values(), strict=True):
+        if each.outcome.word == PASS:
+            rates[step.kind].append(step.target_qps)
+    highest, probed = max(rates[CONFIRM]), max(rates[PROBE])
+    if highest > probed:
+        return Finding(
+            "undecided",
+            "probes-misled",
+            f"probes above {probed:g} queries/s failed, yet the windows of the whole --duration "
+            f"kept the bounds up to {highest:g}, where the search stops: the peak lies beyond",
+            value=highest,
+            remedy="give a longer --probe, and stop what disturbs the hosts",
+        )
+    return Finding(
+        "undecided",
+        "peak-beyond",
+        f"no rate failed, up to {highest:g} queries/s, {CAP:g} times what the warm-up did, where "
+        "the search stops: the peak lies beyond",
+        value=highest,
+        remedy="see whether the model does its work, give a stricter --latency-bound, or a rate",
+    )
 
 
 def _metrics(

@@ -115,14 +115,11 @@ def test_every_exchange_holds_the_true_offset(told: list[dict[str, Any]]) -> Non
         assert abs(offset - OFFSET_NS) <= bound
 
 
-def test_the_socket_bound_is_a_third_of_gloos_or_less(told: list[dict[str, Any]]) -> None:
-    gloo = [bound for _, bound in told[0]["gloo"]]
-    every = len(told[0]["socket"]) // len(gloo)
-    socket = [bound for _, bound in told[0]["socket"][::every]][: len(gloo)]
-    # The best of as many exchanges each, on the same pair, interleaved: other work on the machine
-    # only ever widens a bound. Medians are printed by benchmarks/exchange.py.
-    assert len(socket) == len(gloo) == EXCHANGES // 10
-    assert min(socket) <= min(gloo) / 3
+def test_both_ways_made_as_many_exchanges_as_they_were_to(told: list[dict[str, Any]]) -> None:
+    """How much narrower the socket's bound is, benchmarks/exchange.py shows, with its limit."""
+    zero, _ = told
+    assert len(zero["gloo"]) == EXCHANGES // 10
+    assert min(bound for _, bound in zero["socket"] + zero["gloo"]) > 0
 
 
 def test_the_start_skew_is_true_within_its_bound(told: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ from distbench.search import (
     PASS,
     PROBE,
     PROBE_MOST,
-    RESOLUTION,
+    RAISE_STEPS,
     UNCLEAR,
     UNKNOWN,
     End,
@@ -63,6 +63,16 @@ def run(asked: Plan, answer: Answer) -> tuple[End, list[Step], list[Outcome]]:
             step = going.send(outcomes[-1])
     except StopIteration as stop:
         return stop.value, steps, outcomes
+
+
+def peak_of(steps: list[Step], outcomes: list[Outcome]) -> float:
+    """Return the rate of the last window that confirmed."""
+    kept = [
+        step.target_qps
+        for step, outcome in zip(steps, outcomes, strict=True)
+        if (step.kind, outcome.word) == (CONFIRM, PASS)
+    ]
+    return kept[-1]
 
 
 def until(capacity_qps: float) -> Answer:
@@ -115,19 +125,21 @@ def test_the_percentile_itself_is_told_beside_it() -> None:
 
 @pytest.mark.parametrize("capacity", [104.0, 199.0, 201.0, 731.0, 3_100.0])
 def test_the_peak_is_found_to_within_the_resolution(capacity: float) -> None:
-    end, steps, _ = run(plan(), until(capacity))
+    end, steps, outcomes = run(plan(), until(capacity))
     assert end == End(True, True, False)
     assert steps[0] == Step(PROBE, 100.0, round(1.1 * 459 / 100 * S))
-    assert steps[-1] == Step(CONFIRM, steps[-1].target_qps, 60 * S)
-    assert capacity / (1 + RESOLUTION) / 1.001 < steps[-1].target_qps <= capacity
-    assert [step.kind for step in steps].count(CONFIRM) == 1
+    found = peak_of(steps, outcomes)
+    assert Step(CONFIRM, found, 60 * S) in steps
+    assert capacity / (1 + RAISE_STEPS[0]) / 1.001 < found <= capacity
+    # One or two that keep the bounds, and the one that does not.
+    assert [step.kind for step in steps].count(CONFIRM) in (2, 3)
     assert len(steps) < 20
 
 
 def test_a_system_below_the_first_rate_is_found_by_halving() -> None:
-    end, steps, _ = run(plan(10_000.0), until(120.0))
+    end, steps, outcomes = run(plan(10_000.0), until(120.0))
     assert end.confirmed
-    assert 116.0 < steps[-1].target_qps <= 120.0
+    assert 116.0 < peak_of(steps, outcomes) <= 120.0
 
 
 def test_no_rate_keeps_the_bound() -> None:
@@ -166,18 +178,36 @@ def test_one_pause_of_the_host_does_not_end_the_doubling() -> None:
             return Outcome(FAIL, False)
         return sure(step)
 
-    end, steps, _ = run(plan(), paused)
-    assert end.confirmed and 679.0 < steps[-1].target_qps <= 700.0
+    end, steps, outcomes = run(plan(), paused)
+    assert end.confirmed and 679.0 < peak_of(steps, outcomes) <= 700.0
     longer = [step.duration_ns for step in steps if step.target_qps == 200.0]
     assert len(longer) == 2 and longer[1] == 3 * longer[0]
 
 
+@pytest.mark.parametrize(("capacity", "found"), [(205.0, 203.5), (213.0, 209.4), (700.0, 238.8)])
+def test_what_probes_missed_by_chance_is_found_by_confirming(capacity: float, found: float) -> None:
+    """Both probes of 200 queries/s fall into pauses, so that the bracket ends there."""
+    sure = until(capacity)
+
+    def paused(step: Step) -> Outcome:
+        chance = step.kind == PROBE and step.target_qps == 200.0
+        return Outcome(FAIL, False) if chance else sure(step)
+
+    end, steps, outcomes = run(plan(), paused)
+    assert end == End(True, True, capped=capacity == 700.0)
+    assert peak_of(steps, outcomes) == pytest.approx(found, rel=1e-3)
+    raised = [step.target_qps for step in steps if step.kind == CONFIRM]
+    assert raised == sorted(raised) and raised[0] < 200.0
+    assert {outcome.word for outcome in outcomes[-len(raised) : -1]} == {PASS}
+
+
 def test_what_stays_unclear_is_decided_by_the_percentile_after_the_longest_probe() -> None:
     def unclear(step: Step) -> Outcome:
-        return Outcome(PASS if step.kind == CONFIRM else UNCLEAR, step.target_qps <= 300.0)
+        kept = step.target_qps <= 300.0
+        return Outcome(PASS if step.kind == CONFIRM and kept else UNCLEAR, kept)
 
-    end, steps, _ = run(plan(probe_ns=3 * S), unclear)
-    assert end.confirmed and 290.0 < steps[-1].target_qps <= 300.0
+    end, steps, outcomes = run(plan(probe_ns=3 * S), unclear)
+    assert end.confirmed and 290.0 < peak_of(steps, outcomes) <= 300.0
     first = [step.duration_ns for step in steps if step.target_qps == 100.0]
     assert first == [round(5.049 * S), round(3 * 5.049 * S), 30 * S]
 
@@ -206,7 +236,14 @@ def test_confirming_steps_down_until_the_bound_is_kept_or_no_step_is_left() -> N
         return end, rates
 
     sure, near = (PASS, True, True), (UNCLEAR, True, True)
-    assert kept([sure]) == (End(True, True, False), [100.0])
+    # The first one confirms: up until one does not, and the last that did is the peak.
+    assert kept([sure, near]) == (End(True, True, False), [100.0, 102.0])
+    assert kept([sure, sure, (FAIL, False, True)])[1] == [100.0, 102.0, 104.0]
+    assert kept([sure] * 7) == (
+        End(True, True, True),
+        [100.0, 102.0, 104.0, 107.0, 111.0, 115.0, 122.0],
+    )
+    # After a step down no step goes up: there it was seen not to be kept.
     assert kept([near, near, sure])[1] == [100.0, 98.0, 96.0]
     assert kept([(UNCLEAR, False, True), sure])[1] == [100.0, 98.0]
     # Far from it: the whole interval is above, or there is none.
@@ -345,14 +382,14 @@ def test_the_peak_of_a_queue_is_found(services: int, peak: float) -> None:
 
     Of ten fixed seeds nine at least end confirmed, within 5 % of the analytic peak, and at a rate
     that truly keeps the bound. First rates differ, so that no grid of rates is lucky. Of 100 seeds
-    97 and 99 did (5 and 20 services), and all kept the bound.
+    99 did, of both (5 and 20 services), and all kept the bound.
     """
     assert 1000 * peak_load(services) == pytest.approx(peak, abs=0.01)
     good, windows = 0, []
     for seed in range(10):
         asked = plan(rounded_share(seed), probe_ns=2 * S, duration_ns=600 * S)
-        end, steps, _ = run(asked, queue(seed, services * MS))
-        found = steps[-1].target_qps
+        end, steps, outcomes = run(asked, queue(seed, services * MS))
+        found = peak_of(steps, outcomes)
         true = wait_below(found / 1000, services - 1) >= 0.99
         good += end.confirmed and true and 0.95 <= found / peak <= 1.05
         windows.append(len(steps))
@@ -369,7 +406,8 @@ def test_a_short_confirming_window_confirms_less_and_not_wrongly() -> None:
     """Windows of 60 s confirm rates 0 to 25 % below the peak: what their intervals can tell."""
     confirmed = 0
     for seed in range(10):
-        end, steps, _ = run(plan(250.0, duration_ns=60 * S), queue(seed, 20 * MS))
+        end, steps, outcomes = run(plan(250.0, duration_ns=60 * S), queue(seed, 20 * MS))
         confirmed += end.confirmed
-        assert 0.75 <= steps[-1].target_qps / 885.62 <= 1.0
+        if end.confirmed:
+            assert 0.75 <= peak_of(steps, outcomes) / 885.62 <= 1.0
     assert confirmed >= 9

@@ -114,12 +114,14 @@ def test_the_result_is_the_confirming_windows_with_the_peak_and_the_trail(
     several = load_run(folder)
     assert isinstance(several, Windows)
     result = several.result()
-    peak, last = result["metrics"]["peak"], len(steps) - 1
+    # The window behind it tried a higher rate, in vain.
+    peak, last = result["metrics"]["peak"], len(steps) - 2
+    assert [step.kind for step in steps[last:]] == [CONFIRM, CONFIRM]
     assert 2_910.0 < peak["value"] <= 3_000.0
     assert (peak["unit"], peak["ci_low"], peak["value"]) == (
         "queries/s",
         None,
-        steps[-1].target_qps,
+        steps[last].target_qps,
     )
     assert "the interval is that of what is bounded" in peak["reason"]
     confirming = load_window(folder / "windows" / f"{last:03d}").result()
@@ -152,7 +154,7 @@ def test_findings_on_a_probe_do_not_make_the_status(tmp_path: Path, steps: list[
         assert ranks[0].after is not None
         ranks[0].after["quiet"]["run_delay_ns"] = ranks[0].after["quiet"]["window_ns"] // 2
 
-    for number, state in ((2, ("VALID", [])), (len(steps) - 1, ("INVALID", ["interference"]))):
+    for number, state in ((2, ("VALID", [])), (len(steps) - 2, ("INVALID", ["interference"]))):
         shutil.rmtree(tmp_path / "r" / "windows" / f"{number:03d}")
         change = window(steps[number], number, 0.0, disturbed)
         make_run(tmp_path / "r" / "windows" / f"{number:03d}", change=change)
@@ -207,6 +209,20 @@ def test_a_system_that_never_fails_is_undecided(tmp_path: Path) -> None:
     assert "up to 32000 queries/s, 16 times what the warm-up did" in finding.message
     assert load_run(tmp_path / "r").result()["metrics"]["peak"]["value"] == 32_000.0
     assert steps[-1] == Step(CONFIRM, 32_000.0, S)
+
+
+def test_probes_that_failed_by_chance_and_windows_that_keep_the_bound_are_told(
+    tmp_path: Path,
+) -> None:
+    """Every probe above 1,000 queries/s meets a pause; no window of the full length does."""
+    sure = capacity(1_000.0)
+    steps = make_search(tmp_path / "r", lambda step: sure(step) if step.kind == PROBE else 0.0)
+    state, (finding,) = reported(tmp_path / "r")
+    assert (state, finding.code) == ("UNDECIDED", "probes-misled")
+    assert "probes above 1000 queries/s failed, yet the windows" in finding.message
+    assert f"kept the bounds up to {steps[-1].target_qps:g}, where" in finding.message
+    assert finding.value == steps[-1].target_qps == 1_220.0
+    assert verify(tmp_path / "r") == (0, [])
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,7 @@ REMEDIES = {
     "peak-beyond": "see whether the model does its work",
     "peak-not-found": "loosen --latency-bound",
     "peak-unconfirmed": "give a longer --duration",
+    "probes-misled": "give a longer --probe",
     "rank-failed": "mend what the sentence names",
     "rank-incomplete": "copy the whole folder from its host",
     "rank-lost": "whether the process was killed",
