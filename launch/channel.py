@@ -1,0 +1,228 @@
+"""One ssh connection to one host, with ``agent.py`` at its other end.
+
+OpenSSH is called by argv, so the user's ssh_config, agent and jump hosts apply. Host keys must be
+known (StrictHostKeyChecking) and nobody is asked for a password (BatchMode). The remote shell sees
+one fixed line and the quoted path of Python; whatever a user gives beside it travels as JSON.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import shlex
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import agent
+
+SSH_OPTIONS = {
+    "BatchMode": "yes",
+    "StrictHostKeyChecking": "yes",
+    "ConnectTimeout": "8",
+    "ServerAliveInterval": "2",
+    "ServerAliveCountMax": "3",
+    "ForwardX11": "no",
+    "ForwardAgent": "no",
+    "ClearAllForwardings": "yes",
+}
+BOOT = (
+    "import os,functools;n=int(os.read(0,8));"
+    'exec(functools.reduce(lambda s,_:s+os.read(0,n-len(s)) if len(s)<n else s,range(n),b""))'
+)
+"""Runs the agent's text, whose length comes first; without quotes or marks that a shell reads."""
+NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.@-]*[A-Za-z0-9_])?")
+"""Of a host, or an alias out of ssh_config, perhaps with USER@; never an option."""
+PING_S = 1.0
+
+
+class Lost(Exception):
+    """The channel to a host ended; the text says why, naming the host."""
+
+
+class Refused(Exception):
+    """The agent could not do what it was asked; the text is its error."""
+
+
+def remote_line(python: str) -> str:
+    """Return the command line for the remote shell; a leading ``~/`` is that host's home."""
+    home = '"$HOME"/' if python.startswith("~/") else ""
+    return f"exec {home}{shlex.quote(python[2:] if home else python)} -c {shlex.quote(BOOT)}"
+
+
+def ssh_argv(host: str, python: str) -> list[str]:
+    """Return the argv that starts the agent on a host.
+
+    Raises:
+        ValueError: it is no name of a host.
+    """
+    if not NAME.fullmatch(host):
+        raise ValueError(f"{host!r} is no name of a host")
+    options = [f"-o{name}={value}" for name, value in SSH_OPTIONS.items()]
+    return ["ssh", "-T", *options, "--", host, remote_line(python)]
+
+
+class Channel:
+    """A connection to a host's agent.
+
+    Args:
+        host: as ssh takes it.
+        python: on that host.
+        on_output: called with (kind, bytes) of the command's output, on a thread of its own.
+
+    Attributes:
+        host: as given.
+        lost: why the channel ended, or "".
+    """
+
+    def __init__(self, host: str, python: str, on_output: Callable[[bytes, bytes], None]) -> None:
+        self.host = host
+        self.lost = ""
+        self._on_output = on_output
+        self._writing = threading.Lock()
+        self._changed = threading.Condition()
+        self._answers: dict[int, dict[str, Any]] = {}
+        self._files: dict[int, Callable[[bytes], object]] = {}
+        self._number = 0
+        self._said: list[str] = []
+        self._ssh = subprocess.Popen(
+            ssh_argv(host, python),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C at the terminal is for the launcher alone
+        )
+        text = Path(agent.__file__).read_bytes()
+        for target in (self._listen, self._hear_errors, self._ping):
+            threading.Thread(target=target, daemon=True).start()
+        with contextlib.suppress(OSError):
+            self._write(b"%08d" % len(text) + text)
+
+    def ask(self, do: str, timeout_s: float, **what: Any) -> dict[str, Any]:
+        """Ask the agent for something and return its answer.
+
+        Args:
+            do: name of the request; see ``agent.handle``.
+            timeout_s: the channel counts as lost after it.
+            what: arguments of the request.
+
+        Raises:
+            Lost: the channel ended, or no answer came.
+            Refused: the agent could not do it.
+        """
+        return self.result(self.start(do, **what), timeout_s)
+
+    def start(self, do: str, **what: Any) -> int:
+        """Send a request; returns its number, for ``result``."""
+        with self._changed:
+            self._number += 1
+            number = self._number
+        self._request(number, do, what)
+        return number
+
+    def result(self, number: int, timeout_s: float) -> dict[str, Any]:
+        """Return the answer to a request; raises as ``ask`` does."""
+        with self._changed:
+            self._changed.wait_for(lambda: number in self._answers or self.lost, timeout_s)
+            found = self._answers.pop(number, None)
+        if found is None:
+            raise Lost(self.lost or f"{self.host}: no answer within {timeout_s:g} s")
+        if "error" in found:
+            raise Refused(f"{self.host}: {found['error']}")
+        return found
+
+    def fetch(self, path: str, target: Path, timeout_s: float) -> str:
+        """Copy a file from the host; returns the SHA-256 that the host read.
+
+        Raises:
+            Lost: the channel ended meanwhile, or it took longer.
+            Refused: the host cannot read it.
+        """
+        with target.open("wb") as file:
+            with self._changed:
+                self._number += 1
+                number = self._number
+                self._files[number] = file.write
+            try:
+                self._request(number, "read", {"path": path})
+                return str(self.result(number, timeout_s)["sha256"])
+            finally:
+                with self._changed:
+                    self._files.pop(number)
+
+    def close(self) -> None:
+        """End the channel; the agent then ends what still runs on its host."""
+        with self._writing, contextlib.suppress(OSError):
+            if self._ssh.stdin is not None:
+                self._ssh.stdin.close()
+        try:
+            self._ssh.wait(agent.GRACE_S + 5)
+        except subprocess.TimeoutExpired:
+            self._ssh.kill()
+            self._ssh.wait()
+
+    def _request(self, number: int, do: str, what: dict[str, Any]) -> None:
+        payload = json.dumps({"id": number, "do": do, **what}).encode()
+        with contextlib.suppress(OSError):  # then the channel is lost, which ``result`` says
+            self._write(agent.HEAD.pack(b"J", len(payload)) + payload)
+
+    def _write(self, data: bytes) -> None:
+        with self._writing:
+            if self._ssh.stdin is None or self._ssh.stdin.closed:
+                raise BrokenPipeError
+            self._ssh.stdin.write(data)
+            self._ssh.stdin.flush()
+
+    def _ping(self) -> None:
+        with contextlib.suppress(OSError):
+            while not self.lost:
+                time.sleep(PING_S)
+                self._write(agent.HEAD.pack(b"P", 0))
+
+    def _hear_errors(self) -> None:
+        assert self._ssh.stderr is not None
+        for line in self._ssh.stderr:
+            text = line.decode("utf-8", "replace").strip()
+            self._said = [*self._said[-9:], text] if text else self._said
+
+    def _listen(self) -> None:
+        assert self._ssh.stdout is not None
+        read = self._ssh.stdout.read
+        try:
+            before = b""
+            while not before.endswith(agent.MARK):
+                piece = read(1)
+                if not piece or len(before) > 1 << 16:
+                    break
+                before += piece
+            else:
+                while len(head := read(agent.HEAD.size)) == agent.HEAD.size:
+                    kind, length = agent.HEAD.unpack(head)
+                    self._take(kind, read(length))
+        finally:
+            code = self._ssh.wait()
+            time.sleep(0.05)  # what ssh said last is being read
+            why = "; ".join(self._said[-2:]) or f"ssh ended with status {code}"
+            with self._changed:
+                self.lost = f"{self.host}: {why}"
+                self._changed.notify_all()
+
+    def _take(self, kind: bytes, payload: bytes) -> None:
+        if kind == b"F":
+            (number,) = struct.unpack(">I", payload[:4])
+            with self._changed:
+                write = self._files.get(number)
+            if write is not None:
+                write(payload[4:])
+        elif kind == b"J":
+            found = json.loads(payload)
+            with self._changed:
+                self._answers[int(found.pop("id"))] = found
+                self._changed.notify_all()
+        elif kind in (b"O", b"E"):
+            self._on_output(kind, payload)
