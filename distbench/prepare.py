@@ -304,7 +304,10 @@ def groups_of(order: Indices, batch_size: int) -> Iterator[tuple[int, Indices]]:
 def groups_after(
     begin: Callable[[], None], order: Indices, batch_size: int
 ) -> Iterator[tuple[int, Indices]]:
-    """Iterate over the groups, the first one after ``begin`` has returned: the loop is set up."""
+    """Iterate over the groups, of which there is one at least.
+
+    The first one comes after ``begin`` has returned: by then the loop is set up.
+    """
     groups = groups_of(order, batch_size)
     first = next(groups)
 

@@ -284,14 +284,14 @@ def _confirm(plan: Plan, qps: float, capped: bool) -> Search:
         if found.word == PASS:
             if tried == 1 and not capped:
                 capped = yield from _raise(plan, qps)
-            return End(True, True, capped)
+            return End(True, True, capped and tried == 1)
         if found.hopeless:
             why = "it has fewer queries than any interval needs, and a lower rate has fewer still"
-            return End(True, False, capped, why)
+            return End(True, False, False, why)
         if place == last:
             break
         place = min(last, place + (2 if found.word == FAIL or not found.resolved else 1))
-    return End(True, False, capped, f"{tried} windows were tried")
+    return End(True, False, False, f"{tried} windows were tried")
 
 
 def _raise(plan: Plan, qps: float) -> _Probing:

@@ -24,7 +24,6 @@ from distbench.search import (
     FAIL,
     FIRST_SHARE,
     PASS,
-    PROBE,
     End,
     Plan,
     Step,
@@ -124,7 +123,8 @@ def searched(
     planned = max(more, *(n + 1 for n in numbers)) if numbers else more
     absent = absent_found(results, planned, problems)
     found = absent + _found(results, rests, trail)
-    whole = not absent and not trail.wrong
+    cut = any(each["verdict"]["status"] == "INCOMPLETE" for each in every)
+    whole = not absent and not trail.wrong and not cut
     return {
         **base,
         "run_id": run_id,
@@ -147,10 +147,15 @@ def searched(
 
 
 def _rests(results: Mapping[str, dict[str, Any]]) -> str | None:
-    """Return the window that the figures rest on: the last that confirmed, or that was to."""
+    """Return the window that the figures rest on: the last that confirmed, or that was to.
+
+    One that is INVALID for another reason than the bounds gives way to an earlier one that is not:
+    a higher rate that was tried besides must not cost a measurement that is done.
+    """
     confirms = [name for name, each in results.items() if step_of(each).kind == CONFIRM]
     kept = [name for name in confirms if reading(results[name], CONFIRM).outcome.word == PASS]
-    return next(reversed(kept or confirms), None)
+    sound = [name for name in kept if results[name]["verdict"]["status"] != "INVALID"]
+    return next(reversed(sound or kept or confirms), None)
 
 
 def _found(results: Mapping[str, dict[str, Any]], rests: str | None, trail: Trail) -> list[Finding]:
@@ -208,16 +213,13 @@ def _of_search(rests: str | None, trail: Trail) -> list[Finding]:
 
 def _beyond(trail: Trail) -> Finding:
     """Return the finding on a search in which the highest rate that it tries keeps the bounds."""
-    rates: dict[str, list[float]] = {PROBE: [], CONFIRM: []}
-    for step, each in zip(trail.steps, trail.readings.values(), strict=True):
-        if each.outcome.word == PASS:
-            rates[step.kind].append(step.target_qps)
-    highest, probed = max(rates[CONFIRM]), max(rates[PROBE])
+    confirmed = [step.target_qps for step in trail.steps if step.kind == CONFIRM]
+    probed, highest = confirmed[0], max(confirmed)
     if highest > probed:
         return Finding(
             "undecided",
             "probes-misled",
-            f"probes above {probed:g} queries/s failed, yet the windows of the whole --duration "
+            f"no probe above {probed:g} queries/s passed, yet the windows of the whole --duration "
             f"kept the bounds up to {highest:g}, where the search stops: the peak lies beyond",
             value=highest,
             remedy="give a longer --probe, and stop what disturbs the hosts",

@@ -114,7 +114,6 @@ class EagerOnGpu:
         self.module = module
         self.samples = samples
         self.cuda = cuda
-        self.device = device
         self.now = now
         self.total = self.resident = len(samples)
         self._copying = cuda.Stream(device)
@@ -154,7 +153,7 @@ class EagerOnGpu:
         pinned, on_device = slot.pinned_in[:n], slot.device_in[:n]
         torch.index_select(self.samples, 0, torch.from_numpy(indices), out=pinned)
         # Not ``with cuda.stream(...)``: twice that took the host 20 us a group, this takes it 3.
-        outer = self.cuda.current_stream(self.device)
+        outer = self.cuda.current_stream()
         try:
             with torch.inference_mode():
                 self.cuda.set_stream(self._copying)

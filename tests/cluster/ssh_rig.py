@@ -125,14 +125,16 @@ def ssh_hosts(
     """
     _only_numpy(folder / "jw1-site")
     _keys(folder, names)
+    servers = list[subprocess.Popen[Any]]()
     with ExitStack() as stack:
+        stack.callback(lambda: [server.wait(10) for server in servers])  # the rig has ended them
         hosts = stack.enter_context(
             rig.Hosts(len(names), decoys=True, names=names, time_offsets_ns=time_offsets_ns)
         )
         made = SshHosts(hosts, tuple(names), folder)
         for name in names:
             _home(made, name)
-            _serve(made, name)
+            servers.append(_serve(made, name))
         yield made
 
 
@@ -175,7 +177,7 @@ def _home(made: SshHosts, name: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def _serve(made: SshHosts, name: str) -> None:
+def _serve(made: SshHosts, name: str) -> subprocess.Popen[Any]:
     """Start a host's sshd and wait until it listens."""
     number, folder = made.number(name), made.folder
     address = made.hosts.address(number)
@@ -186,9 +188,10 @@ def _serve(made: SshHosts, name: str) -> None:
         "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 50\n"
     )
     with (folder / f"{name}.log").open("ab") as log:
-        made.hosts.popen(number, [str(SSHD), "-D", "-e", "-f", str(config)], stderr=log)
-    argv = ["sh", "-c", f"exec 3<>/dev/tcp/{address}/22"]
+        argv = [str(SSHD), "-D", "-e", "-f", str(config)]
+        server = made.hosts.popen(number, argv, stderr=log)
     deadline = time.monotonic() + 10
-    while made.hosts.run(number, ["bash", *argv[1:]]).returncode:
+    while made.hosts.run(number, ["bash", "-c", f"exec 3<>/dev/tcp/{address}/22"]).returncode:
         assert time.monotonic() < deadline, (folder / f"{name}.log").read_text()
         time.sleep(0.02)
+    return server

@@ -72,7 +72,7 @@ class FakeCuda:
         self.Stream, self.Event = Stream, Event
         self.current: list[str] = ["outer"]
 
-    def current_stream(self, device: Any) -> str:
+    def current_stream(self) -> str:
         return self.current[-1]
 
     def set_stream(self, stream: Any) -> None:

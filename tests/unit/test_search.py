@@ -72,7 +72,7 @@ def peak_of(steps: list[Step], outcomes: list[Outcome]) -> float:
         for step, outcome in zip(steps, outcomes, strict=True)
         if (step.kind, outcome.word) == (CONFIRM, PASS)
     ]
-    return kept[-1]
+    return kept[-1] if kept else 0.0
 
 
 def until(capacity_qps: float) -> Answer:
@@ -161,6 +161,16 @@ def test_a_system_that_never_fails_ends_at_the_limit_and_says_so() -> None:
     end, steps, _ = run(plan(), until(math.inf))
     assert end == End(True, True, True)
     assert [step.target_qps for step in steps] == [100.0 * 2**n for n in [*range(7), 6]]
+
+
+def test_where_no_probe_fails_a_confirming_window_that_does_brackets_the_peak() -> None:
+    def late(step: Step) -> Outcome:
+        return until(math.inf if step.kind == PROBE else 6_300.0)(step)
+
+    end, steps, outcomes = run(plan(), late)
+    assert end == End(True, True, False)
+    assert [step.target_qps for step in steps[-2:]] == [6_400.0, 6_144.0]
+    assert peak_of(steps, outcomes) == 6_144.0
 
 
 def test_what_is_not_known_of_the_model_ends_at_once() -> None:

@@ -211,6 +211,46 @@ def test_a_system_that_never_fails_is_undecided(tmp_path: Path) -> None:
     assert steps[-1] == Step(CONFIRM, 32_000.0, S)
 
 
+@pytest.mark.parametrize(
+    ("probe", "confirm", "state", "codes"),
+    [
+        (0.0, 0.05, "INVALID", {"peak-unconfirmed", "bound-missed"}),
+        (0.0094, 0.0, "UNDECIDED", {"peak-beyond"}),  # kept, but never beyond doubt
+    ],
+)
+def test_a_search_that_meets_no_failing_probe_is_judged(
+    tmp_path: Path, probe: float, confirm: float, state: str, codes: set[str]
+) -> None:
+    at_most = {PROBE: probe, CONFIRM: confirm}
+    # The probes of the highest rate, and every confirming window.
+    own = lambda s: at_most[s.kind] if s.kind == CONFIRM or s.target_qps > 30_000 else 0.0  # noqa: E731
+    make_search(tmp_path / "r", own)
+    status, findings = reported(tmp_path / "r")
+    assert (status, {each.code for each in findings}) == (state, codes)
+    assert verify(tmp_path / "r") == (0, [])
+
+
+def test_a_higher_rate_that_was_disturbed_does_not_cost_the_confirmed_one(tmp_path: Path) -> None:
+    """Two windows confirm; the second, an extra, was not left alone."""
+
+    def disturbed(ranks: list[Rank]) -> None:
+        assert ranks[0].after is not None
+        ranks[0].after["quiet"]["run_delay_ns"] = ranks[0].after["quiet"]["window_ns"] // 2
+
+    limits = {PROBE: 1_000.0, CONFIRM: 1_030.0}
+    steps = make_search(tmp_path / "r", lambda step: capacity(limits[step.kind])(step))
+    first, raised, last = steps[-3:]
+    assert {step.kind for step in (first, raised, last)} == {CONFIRM}
+    number = len(steps) - 2
+    own = tmp_path / "r" / "windows" / f"{number:03d}"
+    shutil.rmtree(own)
+    make_run(own, change=window(raised, number, 0.0, disturbed))
+    assert told(tmp_path / "r") == ("VALID", [])
+    result = load_run(tmp_path / "r").result()
+    assert result["window"]["search"]["rests"] == f"{number - 1:03d}"
+    assert result["metrics"]["peak"]["value"] == first.target_qps
+
+
 def test_probes_that_failed_by_chance_and_windows_that_keep_the_bound_are_told(
     tmp_path: Path,
 ) -> None:
@@ -219,7 +259,7 @@ def test_probes_that_failed_by_chance_and_windows_that_keep_the_bound_are_told(
     steps = make_search(tmp_path / "r", lambda step: sure(step) if step.kind == PROBE else 0.0)
     state, (finding,) = reported(tmp_path / "r")
     assert (state, finding.code) == ("UNDECIDED", "probes-misled")
-    assert "probes above 1000 queries/s failed, yet the windows" in finding.message
+    assert "no probe above 1000 queries/s passed, yet the windows" in finding.message
     assert f"kept the bounds up to {steps[-1].target_qps:g}, where" in finding.message
     assert finding.value == steps[-1].target_qps == 1_220.0
     assert verify(tmp_path / "r") == (0, [])

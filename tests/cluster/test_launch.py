@@ -1,0 +1,309 @@
+"""The launcher on hosts with a real sshd: two-host runs, refusals, faults; nothing stays behind."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.ssh_rig import PYTHON, SshHosts, available, ssh_hosts
+from tests.support import REPO
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(bool(available()), reason=available() or "the hosts work"),
+]
+
+HOURS_NS = 3600 * 10**9
+HOME = Path("~").expanduser()
+COMMON = ("--hosts", "jw2,jw3", "--env", f"PYTHONPATH={REPO}")
+SLEEP = ("--model", "sleep,per_sample=1ms", "--batch-size", "8", "--warmup", "200ms")
+OFFLINE = ("--", "-m", "distbench.offline", *SLEEP)
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshHosts]:
+    """Three hosts that no test harms, monotonic clocks apart by hours."""
+    offsets = (0, 5 * HOURS_NS, 9 * HOURS_NS)
+    with ssh_hosts(tmp_path_factory.mktemp("hosts"), time_offsets_ns=offsets) as made:
+        yield made
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[SshHosts]:
+    """Three hosts for one test."""
+    with ssh_hosts(tmp_path) as made:
+        yield made
+
+
+def file(hosts: SshHosts, name: str, path: str) -> bytes:
+    """Read a file in a host's home."""
+    done = hosts.run(name, "base64", "-w0", path)
+    assert done.returncode == 0, done.stderr
+    return base64.b64decode(done.stdout)
+
+
+def result(hosts: SshHosts, name: str = "jw1") -> tuple[str, dict[str, Any]]:
+    """Return the path and the result.json of the only run in a host's home."""
+    (path,) = hosts.run(name, "sh", "-c", "ls -d results/2*").stdout.split()
+    return path, json.loads(file(hosts, name, f"{path}/result.json"))
+
+
+def clean(hosts: SshHosts, name: str) -> None:
+    hosts.run(name, "rm", "-rf", "results")
+
+
+def left(hosts: SshHosts, *names: str, within_s: float = 20.0) -> dict[str, list[int]]:
+    """Wait until nothing is left on these hosts; returns what is."""
+    end = time.monotonic() + within_s
+    while True:
+        found = {name: hosts.working(name) for name in names}
+        if not any(found.values()) or time.monotonic() > end:
+            return {name: pids for name, pids in found.items() if pids}
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("scenario", ["offline", "server"])
+def test_two_hosts_give_one_report_and_the_result_is_here(hosts: SshHosts, scenario: str) -> None:
+    options = SLEEP if scenario == "offline" else (*SLEEP[:2], *SLEEP[4:], "--target-qps", "100")
+    done = hosts.launch(*COMMON, "--", "-m", f"distbench.{scenario}", *options, "--duration", "3s")
+    try:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("MEASUREMENT") == 1
+        assert "2 ranks on 2 hosts (jw2, jw3)" in done.stdout
+        path, found = result(hosts)
+        assert [row["host"] for row in found["per_rank"]] == ["jw2", "jw3"]
+        zero, one = found["clock"]["ranks"]
+        assert zero["domain"] != one["domain"]
+        assert one["offset_s"] == pytest.approx(4 * 3600, abs=1e-3)
+        assert f"launch: jw2:{HOME}/{path} -> {path}" in done.stderr
+        assert f"{HOME}/{path}: good" in done.stderr
+        # The same bytes as on the host of rank 0.
+        for name in ("result.json", "ranks/00001/samples.npy", "manifest.sha256"):
+            assert file(hosts, "jw1", f"{path}/{name}") == file(hosts, "jw2", f"{path}/{name}")
+        assert left(hosts, *hosts.names) == {}
+    finally:
+        for name in hosts.names:
+            clean(hosts, name)
+
+
+def test_what_would_be_started_is_shown_and_nothing_is(hosts: SshHosts) -> None:
+    done = hosts.launch(*COMMON, "--env", "A=b c", "--dry-run", *OFFLINE)
+    assert done.returncode == 0, done.stderr
+    shown = [line for line in done.stderr.splitlines() if "torch.distributed.run" in line]
+    assert [line.split()[1] for line in shown] == ["jw2:", "jw3:"]
+    for node, line in enumerate(shown):
+        assert f"cd {HOME} && PYTHONPATH={REPO} 'A=b c' {PYTHON} -m torch.distributed.run" in line
+        assert f"--nnodes 2 --nproc-per-node 1 --node-rank {node} --rdzv-id 2" in line
+        assert "--max-restarts 0 --master-addr 10.77.0.12 --master-port" in line
+        assert "-m distbench.offline --model sleep,per_sample=1ms" in line
+    assert hosts.run("jw2", "ls", "results").stdout == ""
+
+
+def test_the_bare_command_works_with_the_printed_environment(hosts: SshHosts) -> None:
+    done = hosts.launch(*COMMON, "--print-env")
+    assert done.returncode == 0, done.stderr
+    assert "torchrun --nnodes 2 -m distbench.offline" in done.stderr
+    torchrun = Path(PYTHON).parent / "torchrun"
+    line = f". ./distbench.env; exec {torchrun} --nnodes 2 -m distbench.offline --duration 1s"
+    jobs = [
+        hosts.popen(
+            name, "sh", "-c", line, env={"PYTHONPATH": str(REPO)}, stdout=-1, stderr=-1, text=True
+        )
+        for name in ("jw2", "jw3")
+    ]
+    try:
+        told = [job.communicate(timeout=90) for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0], told
+    assert sum(out.count("MEASUREMENT") for out, _ in told) == 1
+    assert sum("2 ranks on 2 hosts" in out for out, _ in told) == 1
+    for name in ("jw2", "jw3"):
+        clean(hosts, name)
+
+
+# Refusals, each within 15 s and with its remedy
+
+
+def refused(hosts: SshHosts, *arguments: str) -> str:
+    """Launch; returns what was said of why nothing was started."""
+    begin = time.monotonic()
+    done = hosts.launch(*arguments)
+    took = time.monotonic() - begin
+    assert done.returncode == 4, (done.returncode, done.stderr)
+    assert took < 15, took
+    assert done.stdout == ""
+    assert "torch.distributed.run" not in done.stderr
+    return done.stderr
+
+
+def test_an_unknown_host_key_is_refused(hosts: SshHosts) -> None:
+    hosts.run("jw1", "sh", "-c", "sed -i.kept '/^jw3/d' .ssh/known_hosts")
+    try:
+        said = refused(hosts, *COMMON, *OFFLINE)
+    finally:
+        hosts.run("jw1", "mv", ".ssh/known_hosts.kept", ".ssh/known_hosts")
+    assert "jw3: " in said and "Host key verification failed" in said
+
+
+def test_a_missing_host_is_named(own: SshHosts) -> None:
+    own.power_cut("jw3")
+    said = refused(own, *COMMON, *OFFLINE)
+    assert "launch: jw3: " in said and "port 22" in said
+    assert "launch: jw2" not in said
+
+
+def test_a_blocked_port_is_named_with_both_hosts(own: SshHosts) -> None:
+    match = "ip saddr 10.77.0.13 tcp dport 1024-65535 ct state new"
+    rules = "add table inet t\nadd chain inet t c { type filter hook input priority 0; }\n"
+    rules += f"add rule inet t c {match} drop\n"
+    done = own.run("jw2", "sh", "-c", f"nft -f - <<'END'\n{rules}END")
+    assert done.returncode == 0, done.stderr
+    said = refused(own, *COMMON, *OFFLINE)
+    assert "jw3 does not reach jw2 at 10.77.0.12 port" in said
+    assert "open the firewall between them" in said
+    assert "jw2 does not reach jw3" not in said
+
+
+def test_versions_that_differ_are_refused(hosts: SshHosts, tmp_path: Path) -> None:
+    fake = tmp_path / "torch-1.0.dist-info"
+    fake.mkdir()
+    (fake / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
+    wrapper = HOME / "python-of-this-host"
+    for name, path in (("jw2", str(REPO)), ("jw3", f"{tmp_path}:{REPO}")):
+        script = f'#!/bin/sh\nPYTHONPATH={path} exec {PYTHON} "$@"\n'
+        hosts.run(name, "sh", "-c", f"printf '%s' '{script}' >{wrapper}; chmod +x {wrapper}")
+    said = refused(hosts, *COMMON, "--python", str(wrapper), *OFFLINE)
+    assert "torch differs: " in said and "1.0 on jw3" in said and "--deploy" in said
+
+
+def test_a_python_without_torch_is_refused_naming_the_remedy(hosts: SshHosts) -> None:
+    said = refused(hosts, *COMMON, "--python", "/usr/bin/env", *OFFLINE)
+    assert "jw2: " in said and "jw3: " in said
+    base = hosts.launcher()[0]
+    said = refused(hosts, *COMMON, "--python", base, *OFFLINE)
+    assert f"jw2: {base} has no torch: give --python" in said
+
+
+def test_another_launch_in_the_output_directory_is_refused(hosts: SshHosts) -> None:
+    first = hosts.popen(
+        "jw1", *hosts.launcher(*COMMON, *OFFLINE, "--duration", "30s"), stdout=-1, stderr=-1
+    )
+    try:
+        lock = "results/.launch.lock"
+        end = time.monotonic() + 20
+        while not hosts.run("jw2", "sh", "-c", f"cat {lock} 2>/dev/null").stdout:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        said = refused(hosts, *COMMON, *OFFLINE)
+        assert f"jw2: {HOME}/results is in use by launch 2" in said and "from jw1" in said
+        assert "another --output-dir" in said
+    finally:
+        first.send_signal(signal.SIGTERM)
+        first.communicate(timeout=60)
+    assert first.returncode == 130
+    assert left(hosts, *hosts.names) == {}
+    for name in hosts.names:
+        clean(hosts, name)
+
+
+# Faults in the middle of a window
+
+
+def started(hosts: SshHosts, *options: str) -> subprocess.Popen[str]:
+    """Start a long run on jw2 and jw3; returns when its window is running."""
+    job = hosts.popen(
+        "jw1",
+        *hosts.launcher(*COMMON, *OFFLINE, "--duration", "60s", *options),
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    for name, rank in (("jw2", "00000"), ("jw3", "00001")):
+        look = f"ls results/*/ranks/{rank}/rank.json 2>/dev/null"
+        while not hosts.run(name, "sh", "-c", look).stdout:
+            assert job.poll() is None, job.communicate()
+            assert time.monotonic() < end
+            time.sleep(0.1)
+    time.sleep(2.5)  # the agreed instant is at most a second or two away; then completed rows exist
+    return job
+
+
+def worker(hosts: SshHosts, name: str) -> int:
+    """Return the process of a host's rank."""
+    found = []
+    for pid in hosts.working(name):
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        if b"distbench.offline" in command and b"torch.distributed.run" not in command:
+            found.append(pid)
+    (pid,) = found
+    return pid
+
+
+def ended(job: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
+    begin = time.monotonic()
+    try:
+        _, said = job.communicate(timeout=within_s + 30)
+    finally:
+        job.kill()
+    assert time.monotonic() - begin < within_s, said
+    return job.returncode, said
+
+
+FAULTS: dict[str, tuple[Callable[[SshHosts], object], str]] = {
+    "worker killed": (lambda h: os.kill(worker(h, "jw3"), signal.SIGKILL), "jw3"),
+    "host frozen": (lambda h: h.freeze("jw3"), "jw3"),
+    "cable pulled": (lambda h: h.hosts.unplug(h.number("jw3")), "jw3"),
+    "packets dropped": (lambda h: h.hosts.cut(h.number("jw3")), "jw3"),
+    "power cut": (lambda h: h.power_cut("jw3"), "jw3"),
+    "power cut at rank 0": (lambda h: h.power_cut("jw2"), "jw2"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_leaves_an_incomplete_result_that_names_the_host(own: SshHosts, fault: str) -> None:
+    harm, culprit = FAULTS[fault]
+    job = started(own)
+    harm(own)
+    code, said = ended(job, 45)
+    assert code == 6, said
+    _, found = result(own)
+    assert found["verdict"]["status"] == "INCOMPLETE"
+    survivor = {"jw2": "jw3", "jw3": "jw2"}[culprit]
+    assert left(own, survivor, "jw1") == {}
+    named = [f for f in found["verdict"]["findings"] if f["level"] == "incomplete"]
+    assert named[0]["host"] == culprit or culprit in named[0]["message"], named
+    done = sum(row["samples"] or 0 for row in found["per_rank"])
+    assert done > 500, found["per_rank"]
+
+
+def test_a_launcher_that_is_killed_leaves_no_process_on_any_host(own: SshHosts) -> None:
+    job = started(own)
+    job.kill()
+    job.communicate(timeout=10)
+    assert left(own, *own.names, within_s=25) == {}
+    # The hosts keep what was measured.
+    for name, rank in (("jw2", 0), ("jw3", 1)):
+        (path,) = own.run(name, "sh", "-c", "ls -d results/2*").stdout.split()
+        assert own.run(name, "test", "-s", f"{path}/ranks/{rank:05d}/samples.npy").returncode == 0
+
+
+def test_ctrl_c_ends_the_run_and_brings_what_there_is(own: SshHosts) -> None:
+    job = started(own)
+    job.send_signal(signal.SIGINT)
+    code, said = ended(job, 40)
+    assert code == 130, said
+    assert left(own, *own.names) == {}
+    _, found = result(own)
+    assert found["verdict"]["status"] == "INCOMPLETE"
