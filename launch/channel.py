@@ -98,8 +98,12 @@ class Channel:
             start_new_session=True,  # Ctrl-C at the terminal is for the launcher alone
         )
         text = Path(agent.__file__).read_bytes()
-        for target in (self._listen, self._hear_errors, self._ping):
-            threading.Thread(target=target, daemon=True).start()
+        self._threads = [
+            threading.Thread(target=target, daemon=True)
+            for target in (self._listen, self._hear_errors, self._ping)
+        ]
+        for thread in self._threads:
+            thread.start()
         with contextlib.suppress(OSError):
             self._write(b"%08d" % len(text) + text)
 
@@ -165,6 +169,8 @@ class Channel:
         except subprocess.TimeoutExpired:
             self._ssh.kill()
             self._ssh.wait()
+        for thread in self._threads:
+            thread.join(5)
 
     def _request(self, number: int, do: str, what: dict[str, Any]) -> None:
         payload = json.dumps({"id": number, "do": do, **what}).encode()
@@ -186,9 +192,10 @@ class Channel:
 
     def _hear_errors(self) -> None:
         assert self._ssh.stderr is not None
-        for line in self._ssh.stderr:
-            text = line.decode("utf-8", "replace").strip()
-            self._said = [*self._said[-9:], text] if text else self._said
+        with self._ssh.stderr as pipe:
+            for line in pipe:
+                text = line.decode("utf-8", "replace").strip()
+                self._said = [*self._said[-9:], text] if text else self._said
 
     def _listen(self) -> None:
         assert self._ssh.stdout is not None
@@ -205,6 +212,7 @@ class Channel:
                     kind, length = agent.HEAD.unpack(head)
                     self._take(kind, read(length))
         finally:
+            self._ssh.stdout.close()
             code = self._ssh.wait()
             time.sleep(0.05)  # what ssh said last is being read
             why = "; ".join(self._said[-2:]) or f"ssh ended with status {code}"

@@ -305,14 +305,15 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
         return write_env(channels, hosts, port)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     argvs = lines(options, hosts, port, run_id)
+    if not options.dry_run:
+        held = locked(channels, hosts, f"launch {run_id} from {os.uname().nodename}")
+        if held:
+            raise Unfit(*held)
     for host, argv in zip(hosts, argvs, strict=True):
         words = [f"{name}={value}" for name, value in options.env.items()] + argv
         say(f"{host.name}: cd {shlex.quote(host.facts['folder'])} && {shlex.join(words)}")
     if options.dry_run:
         return 0
-    held = locked(channels, hosts, f"launch {run_id} from {os.uname().nodename}")
-    if held:
-        raise Unfit(*held)
     before = [names(channels[node], host.facts["output"]) for node, host in enumerate(hosts)]
     interrupted = False
     try:
@@ -333,16 +334,24 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
 
 
 def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> int:
-    """Write what the bare torchrun needs, here and in the folder of each host."""
-    text = "".join(
-        f"export {name}={shlex.quote(value)}\n"
-        for name, value in {
-            "PET_RDZV_BACKEND": "c10d",
-            "PET_RDZV_ENDPOINT": f"{hosts[0].address}:{port}",
-            "PET_RDZV_ID": f"distbench-{secrets.token_hex(4)}",
-            "PET_MAX_RESTARTS": "0",
-        }.items()
-    )
+    """Write what the bare torchrun needs, here and in the folder of each host.
+
+    torchrun takes a host for the endpoint's only if its own name resolves to that address, which on
+    Debian it does not (127.0.1.1): so each host is told whether it is, and its own address.
+    """
+    every = {
+        "PET_RDZV_BACKEND": "c10d",
+        "PET_RDZV_ENDPOINT": f"{hosts[0].address}:{port}",
+        "PET_RDZV_ID": f"distbench-{secrets.token_hex(4)}",
+        "PET_MAX_RESTARTS": "0",
+    }
+    text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in every.items())
+    text += 'case "$(uname -n)" in\n'
+    for node, host in enumerate(hosts):
+        conf = f"is_host={'false' if node else 'true'}"
+        name, address = shlex.quote(host.facts["host"]), shlex.quote(host.address)
+        text += f"{name}) export PET_RDZV_CONF={conf} PET_LOCAL_ADDR={address} ;;\n"
+    text += "esac\n"
     Path(ENV_FILE).write_text(text, encoding="utf-8")
     told, wrong = at_once(
         channels, lambda each: each.ask("write", LIMIT_S, name=ENV_FILE, text=text)
@@ -352,7 +361,7 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
             say(f"{host.name}: {found['path']}")
     for sentence in wrong:
         say(sentence)
-    say(f"on each host: . {ENV_FILE}; torchrun --nnodes {len(hosts)} -m distbench.offline")
+    say(f"on each host: . ./{ENV_FILE}; torchrun --nnodes {len(hosts)} -m distbench.offline")
     return int(bool(wrong))
 
 
