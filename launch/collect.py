@@ -21,6 +21,7 @@ from checks import LIMIT_S, Host
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FETCH_S = 600.0
+BAD, MOST_TOLD = ("incomplete", "invalid"), 6
 EXIT_OK, EXIT_CRASH, EXIT_STRICT, EXIT_INCOMPLETE = 0, 1, 3, 6
 
 
@@ -140,6 +141,14 @@ def result_of(folder: Path) -> dict[str, dict[str, list[dict[str, str]]]]:
     return found if isinstance(found, dict) else {}
 
 
+def account(folder: Path) -> list[str]:
+    """Return why a run is not whole or not valid, worst first, in the words of its findings."""
+    verdict = result_of(folder).get("verdict", {})
+    told = [each for each in verdict.get("findings", []) if each["level"] in BAD]
+    told.sort(key=lambda each: (BAD.index(each["level"]), each["code"] != "rank-lost"))
+    return [f"{each['level']}: {each['message']}: {each['remedy']}" for each in told[:MOST_TOLD]]
+
+
 def verified(folder: Path) -> str:
     """Verify a result with this clone; returns what was found, in words."""
     if importlib.util.find_spec("numpy") is None:
@@ -147,7 +156,7 @@ def verified(folder: Path) -> str:
     argv = [sys.executable, "-m", "distbench.verify", str(folder.absolute())]
     done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     said = (done.stdout.strip() or done.stderr.strip()).splitlines()
-    return said[-1] if said else f"verify ended with {done.returncode}"
+    return said[-1].strip() if said else f"verify ended with {done.returncode}"
 
 
 def exit_status(folders: Sequence[Path], codes: Mapping[str, int], strict: bool, usage: int) -> int:

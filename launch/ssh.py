@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Run distbench on several hosts over ssh, bring the result here, and leave nothing behind there.
 
     launch/ssh.py --hosts jw2,jw3 -- -m distbench.offline --duration 5s
@@ -33,7 +34,7 @@ from pathlib import Path
 
 from channel import NAME, Channel, Lost, Refused
 from checks import LIMIT_S, Host, alike, at_once, busy, locked, reached, sharing
-from collect import collect, exit_status, names, verified
+from collect import account, collect, exit_status, names, verified
 
 EXIT_USAGE, EXIT_CHECKS, EXIT_INTERRUPTED = 2, 4, 130
 AFTER_S = 25.0
@@ -329,6 +330,10 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
     for folder in folders:
         say(f"{hosts[0].name}:{hosts[0].facts['output']}/{folder.name} -> {folder}")
         say(f"{folder.name}: {verified(folder)}")
+        for sentence in account(folder):
+            say(sentence)
+    if not folders:
+        say("nothing was recorded: what each host said stands above, behind its name")
     status = exit_status(folders, codes, "--strict" in options.command, streams.exit_told)
     return EXIT_INTERRUPTED if interrupted else status or int(bool(wrong))
 

@@ -261,17 +261,23 @@ def ended(job: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
     return job.returncode, said
 
 
+FIRST = "worker killed"
+SLOW = pytest.mark.slow
+"""Not of the plain run, which has ten minutes; `.ci/run` has a step for these."""
 FAULTS: dict[str, tuple[Callable[[SshHosts], object], str]] = {
     "worker killed": (lambda h: os.kill(worker(h, "jw3"), signal.SIGKILL), "jw3"),
     "host frozen": (lambda h: h.freeze("jw3"), "jw3"),
     "cable pulled": (lambda h: h.hosts.unplug(h.number("jw3")), "jw3"),
     "packets dropped": (lambda h: h.hosts.cut(h.number("jw3")), "jw3"),
     "power cut": (lambda h: h.power_cut("jw3"), "jw3"),
+    "SIGTERM": (lambda h: os.kill(worker(h, "jw3"), signal.SIGTERM), "jw3"),
     "power cut at rank 0": (lambda h: h.power_cut("jw2"), "jw2"),
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [FIRST, *(pytest.param(each, marks=SLOW) for each in FAULTS if each != FIRST)]
+)
 def test_a_fault_leaves_an_incomplete_result_that_names_the_host(own: SshHosts, fault: str) -> None:
     harm, culprit = FAULTS[fault]
     job = started(own)
@@ -290,6 +296,62 @@ def test_a_fault_leaves_an_incomplete_result_that_names_the_host(own: SshHosts, 
     assert done > 500, found["per_rank"]
 
 
+HANGS = """
+import time
+from distbench.sut import Sleep
+
+class Hangs(Sleep):
+    calls = 0
+
+    def poll(self, until_ns):
+        self.calls += 1
+        if self.calls > 2000:
+            time.sleep(600)
+        return super().poll(until_ns)
+
+def make(world):
+    return Hangs(1_000_000) if world.rank else Sleep(1_000_000)
+"""
+
+
+@SLOW
+def test_a_model_that_hangs_ends_the_run_naming_its_rank(own: SshHosts) -> None:
+    for name in ("jw2", "jw3"):
+        own.run(name, "sh", "-c", f"cat >hangs.py <<'END'{HANGS}END")
+    options = ("--model", "hangs:make", "--batch-size", "1", "--warmup", "200ms")
+    limits = ("--duration", "20s", "--timeout", "3s")
+    begin = time.monotonic()
+    done = own.launch(*COMMON, "--", "-m", "distbench.offline", *options, *limits, timeout=110)
+    assert done.returncode == 6, done.stderr
+    assert time.monotonic() - begin < 60
+    assert left(own, *own.names) == {}
+    _, found = result(own)
+    named = [f for f in found["verdict"]["findings"] if f["level"] == "incomplete"]
+    assert {f["rank"] for f in named} == {1}, named
+    assert found["per_rank"][1]["samples"] > 500
+
+
+@SLOW
+def test_a_disk_that_is_full_at_the_end_loses_no_sample(own: SshHosts) -> None:
+    """Room for the samples is taken before the window; what is written after it does not fit."""
+    own.run("jw3", "mkdir", "results")
+    own.hosts.small_disk(own.number("jw3"), HOME / "results", 64 << 20)
+    said = refused(own, *COMMON, *OFFLINE)
+    assert f"jw3: {HOME}/results has 64 MiB free, 256 MiB are needed" in said
+    own.run("jw3", "umount", "results")
+    own.hosts.small_disk(own.number("jw3"), HOME / "results", 300 << 20)
+    job = started(own, "--duration", "8s")
+    filled = own.run("jw3", "sh", "-c", "head -c 400M /dev/zero >results/fill; df results")
+    assert "No space left" in filled.stderr and "100%" in filled.stdout
+    code, said = ended(job, 60)
+    assert code == 6, said
+    _, found = result(own)
+    assert found["verdict"]["status"] == "INCOMPLETE"
+    assert "rank 1 (jw3) could not write all its files" in said and "No space left" in said
+    assert left(own, *own.names) == {}
+    assert all(row["samples"] > 1000 for row in found["per_rank"]), found["per_rank"]
+
+
 def test_a_launcher_that_is_killed_leaves_no_process_on_any_host(own: SshHosts) -> None:
     job = started(own)
     job.kill()
@@ -301,6 +363,7 @@ def test_a_launcher_that_is_killed_leaves_no_process_on_any_host(own: SshHosts) 
         assert own.run(name, "test", "-s", f"{path}/ranks/{rank:05d}/samples.npy").returncode == 0
 
 
+@SLOW
 def test_ctrl_c_ends_the_run_and_brings_what_there_is(own: SshHosts) -> None:
     job = started(own)
     job.send_signal(signal.SIGINT)
