@@ -3,6 +3,7 @@
 
     launch/ssh.py --hosts jw2,jw3 -- -m distbench.offline --duration 5s
     launch/ssh.py --hosts jw2:2,jw3:2 --python '~/distbench/.venv/bin/python' -- -m distbench.server
+    launch/ssh.py --hosts jw2,jw3 --repeat 8 --swap -- -m distbench.offline
     launch/ssh.py --hosts jw2,jw3 --print-env
 
 Needs OpenSSH and Python's standard library: a clone of the repository is enough (numpy as well, to
@@ -17,184 +18,30 @@ Exit status: the run's own (0; 2 usage; 3 under --strict; 6 incomplete), 4 where
 
 from __future__ import annotations
 
-import argparse
 import os
-import re
 import secrets
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from channel import NAME, Channel, Lost, Refused
+from channel import Channel, Lost, Refused
 from checks import LIMIT_S, Host, alike, at_once, busy, locked, reached, sharing
-from collect import account, collect, exit_status, names, verified
+from collect import EXIT_STRICT, account, collect, exit_status, names, verified
+from options import ENV_FILE, Options, given, parse
+from streams import Streams, say
+from swapped import told_apart
 
-EXIT_USAGE, EXIT_CHECKS, EXIT_INTERRUPTED = 2, 4, 130
+EXIT_CHECKS, EXIT_INTERRUPTED = 4, 130
+GO_ON = (0, EXIT_STRICT)
+"""After these --repeat goes on."""
 AFTER_S = 25.0
 """The ranks end each other within 20 s; a host that has not ended by then is ended."""
-VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-ENV_FILE = "distbench.env"
-
-
-@dataclass(frozen=True)
-class Options:
-    """What was asked for.
-
-    Attributes:
-        hosts: in order; the first is node 0. 0 processes stand for one a GPU.
-        python: on the hosts.
-        folder: on the hosts, in which the command runs.
-        env: of the command, beside the hosts' own.
-        to: local folder for results.
-        master_port: of the rendezvous; 0 for a free one.
-        command: for torchrun, from ``-m`` on.
-        dry_run: only show what would be started.
-        print_env: only write ``distbench.env``.
-    """
-
-    hosts: tuple[Host, ...]
-    python: str
-    folder: str
-    env: dict[str, str]
-    to: Path
-    master_port: int
-    command: tuple[str, ...]
-    dry_run: bool
-    print_env: bool
-
-
-def parse(argv: Sequence[str]) -> Options:
-    """Read the command line; ends the program with a sentence where it cannot be used."""
-    split = argv.index("--") if "--" in argv else len(argv)
-    made = argparse.ArgumentParser(
-        prog="launch/ssh.py",
-        usage="%(prog)s --hosts HOST[:GPUS],... [options] -- -m distbench.SCENARIO [its options]",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    where = made.add_mutually_exclusive_group(required=True)
-    where.add_argument("--hosts", metavar="H[:N],...", help="each with how many ranks: its GPUs")
-    where.add_argument("--hostfile", metavar="FILE", help="the same, a host a line, # comments")
-    made.add_argument("--python", default="python3", help="on the hosts (python3)")
-    made.add_argument("--dir", default="~", help="on the hosts, to run in (home)")
-    made.add_argument("--env", action="append", default=[], metavar="NAME=V", help="of the command")
-    made.add_argument("--to", type=Path, default=Path("results"), help="local folder (results)")
-    made.add_argument("--master-port", type=int, default=0, metavar="PORT", help="0: a free one")
-    made.add_argument("--dry-run", action="store_true", help="check, show the lines, start nothing")
-    made.add_argument(
-        "--print-env", action="store_true", help=f"write {ENV_FILE} here and on each host"
-    )
-    told = made.parse_args(argv[:split])
-    command = tuple(argv[split + 1 :])
-    if not command and not told.print_env:
-        made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
-    text = told.hosts
-    if text is None:
-        try:
-            lines = Path(told.hostfile).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            made.error(f"--hostfile {told.hostfile}: {error.strerror}")
-        text = ",".join(word for line in lines for word in line.partition("#")[0].split())
-    hosts = [one_host(made, word) for word in text.split(",") if word]
-    if not hosts:
-        made.error("no host was named")
-    if len({host.name for host in hosts}) < len(hosts):
-        made.error("a host is named twice")
-    env = {}
-    for each in told.env:
-        name, equals, value = each.partition("=")
-        if not equals or not VARIABLE.fullmatch(name):
-            made.error(f"--env takes NAME=VALUE, not {each!r}")
-        env[name] = value
-    return Options(
-        tuple(hosts),
-        told.python,
-        told.dir,
-        env,
-        told.to,
-        told.master_port,
-        command,
-        told.dry_run,
-        told.print_env,
-    )
-
-
-def one_host(made: argparse.ArgumentParser, word: str) -> Host:
-    """Read HOST or HOST:RANKS."""
-    name, colon, count = word.partition(":")
-    if not NAME.fullmatch(name) or (colon and not (count.isdecimal() and int(count))):
-        made.error(f"{word!r} is no HOST or HOST:RANKS, such as jw2 or jw2:4")
-    return Host(name, int(count) if colon else 0)
-
-
-def given(command: Sequence[str], option: str, default: str = "") -> str:
-    """Return the value of an option of the command, as distbench reads it: the last one counts."""
-    spelt, value = {f"--{option}", f"--{option.replace('-', '_')}"}, default
-    for place, word in enumerate(command):
-        name, equals, behind = word.partition("=")
-        if name in spelt:
-            value = behind if equals else "".join(command[place + 1 : place + 2])
-    return value
-
-
-# -- output --------------------------------------------------------------------------------------
-
-
-class Streams:
-    """Puts the hosts' lines where they belong, whole lines only.
-
-    Attributes:
-        exit_told: the first exit status of a rank that torchrun told of; 0 for none.
-    """
-
-    def __init__(self, hosts: Sequence[Host]) -> None:
-        self.exit_told = 0
-        self._hosts = [host.name for host in hosts]
-        self._lock = threading.Lock()
-        self._rest: dict[tuple[int, bytes], bytes] = {}
-
-    def take(self, place: int, kind: bytes, data: bytes) -> None:
-        """Take output of a host: ``O`` or ``E``."""
-        with self._lock:
-            *lines, rest = (self._rest.get((place, kind), b"") + data).split(b"\n")
-            self._rest[place, kind] = rest
-            for line in lines:
-                self._put(place, kind, line)
-
-    def end(self) -> None:
-        """Show what came without a last line feed."""
-        with self._lock:
-            for (place, kind), rest in self._rest.items():
-                if rest:
-                    self._put(place, kind, rest)
-            self._rest.clear()
-
-    def _put(self, place: int, kind: bytes, line: bytes) -> None:
-        if kind == b"O" and place == 0:
-            sys.stdout.buffer.write(line + b"\n")
-            sys.stdout.buffer.flush()
-            return
-        found = re.search(rb"exitcode\s*:\s*(\d+)", line)
-        if found and not self.exit_told:
-            self.exit_told = int(found.group(1))
-        sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
-        sys.stderr.buffer.flush()
-
-
-def say(text: str) -> None:
-    """Write a line about the launch itself."""
-    sys.stderr.write(f"launch: {text}\n")
-    sys.stderr.flush()
-
-
-# -- one launch ----------------------------------------------------------------------------------
 
 
 class Unfit(Exception):
@@ -213,8 +60,8 @@ def connected(options: Options, streams: Streams) -> Iterator[list[Channel]]:
         yield channels
 
 
-def looked_at(options: Options, channels: Sequence[Channel]) -> tuple[list[Host], int]:
-    """Check the hosts; returns them with what they said, and the port of the rendezvous.
+def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
+    """Check the hosts; returns them with what they said.
 
     Raises:
         Unfit: there are problems.
@@ -230,17 +77,15 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> tuple[list[Host]
     hosts = []
     for host, facts in zip(options.hosts, told, strict=True):
         if not facts["address"]:
-            raise Unfit(
-                f"{host.name}: its ssh server sets no SSH_CONNECTION, so no address is known"
-            )
+            raise Unfit(f"{host.name}: its ssh server sets no SSH_CONNECTION: no address is known")
         count = host.processes or (1 if cpu else max(1, len(facts["gpus"])))
         hosts.append(replace(host, processes=count, facts=facts))
     problems = alike(hosts, options.python) + busy(hosts, cpu)
-    port, unreached = reached(channels, hosts, options.master_port)
+    _, unreached = reached(channels, hosts, options.master_port)
     if problems + unreached:
         raise Unfit(*problems, *unreached)
     shares = sharing(channels, hosts)
-    return [replace(host, shares=each) for host, each in zip(hosts, shares, strict=True)], port
+    return [replace(host, shares=each) for host, each in zip(hosts, shares, strict=True)]
 
 
 def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> list[list[str]]:
@@ -300,21 +145,50 @@ def stop(channels: Sequence[Channel]) -> None:
 
 
 def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> int:
-    """Check, run, collect; returns the exit status."""
-    hosts, port = looked_at(options, channels)
+    """Check, then run and collect as often as asked; returns the exit status."""
+    hosts = looked_at(options, channels)
     if options.print_env:
-        return write_env(channels, hosts, port)
-    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    argvs = lines(options, hosts, port, run_id)
+        return write_env(channels, hosts, options.master_port)
     if not options.dry_run:
-        held = locked(channels, hosts, f"launch {run_id} from {os.uname().nodename}")
+        held = locked(channels, hosts, f"a launch of {datetime.now(timezone.utc):%H:%M:%S} UTC "
+                      f"from {os.uname().nodename}")  # fmt: skip
         if held:
             raise Unfit(*held)
+    status, results = 0, list[Path]()
+    for number in range(options.repeat):
+        order = range(len(hosts))
+        if options.swap and number % 4 in (1, 2):
+            order = order[::-1]
+        streams.first = order[0]
+        nodes = [
+            replace(hosts[i], shares=bool(n) and hosts[-1].shares) for n, i in enumerate(order)
+        ]
+        if not options.swap:
+            nodes = hosts
+        status, folders = one_run(options, [channels[i] for i in order], nodes, streams)
+        results += folders
+        if status not in GO_ON:
+            return status
+    if options.swap and not options.dry_run:
+        for sentence in told_apart(results, [host.facts["host"] for host in hosts]):
+            say(sentence)
+    return status
+
+
+def one_run(
+    options: Options, channels: Sequence[Channel], hosts: Sequence[Host], streams: Streams
+) -> tuple[int, list[Path]]:
+    """Run once and collect; returns the exit status and the local result directories."""
+    port, unreached = reached(channels, hosts, options.master_port)
+    if unreached:
+        raise Unfit(*unreached)
+    run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    argvs = lines(options, hosts, port, run_id)
     for host, argv in zip(hosts, argvs, strict=True):
         words = [f"{name}={value}" for name, value in options.env.items()] + argv
         say(f"{host.name}: cd {shlex.quote(host.facts['folder'])} && {shlex.join(words)}")
     if options.dry_run:
-        return 0
+        return 0, []
     before = [names(channels[node], host.facts["output"]) for node, host in enumerate(hosts)]
     interrupted = False
     try:
@@ -335,7 +209,7 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
     if not folders:
         say("nothing was recorded: what each host said stands above, behind its name")
     status = exit_status(folders, codes, "--strict" in options.command, streams.exit_told)
-    return EXIT_INTERRUPTED if interrupted else status or int(bool(wrong))
+    return (EXIT_INTERRUPTED if interrupted else status or int(bool(wrong))), folders
 
 
 def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> int:
@@ -344,6 +218,7 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
     torchrun takes a host for the endpoint's only if its own name resolves to that address, which on
     Debian it does not (127.0.1.1): so each host is told whether it is, and its own address.
     """
+    port, _ = reached(channels, hosts, port)
     every = {
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": f"{hosts[0].address}:{port}",
@@ -372,7 +247,7 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parse(sys.argv[1:] if argv is None else argv)
+    options = parse(sys.argv[1:] if argv is None else argv, __doc__)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
     streams = Streams(options.hosts)

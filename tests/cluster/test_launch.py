@@ -108,6 +108,41 @@ def test_what_would_be_started_is_shown_and_nothing_is(hosts: SshHosts) -> None:
     assert hosts.run("jw2", "ls", "results").stdout == ""
 
 
+SLOW_PLACE = """
+import os, socket
+from distbench.sut import Sleep
+
+def make(world):
+    place = os.environ["SLOW"]
+    slow = place == socket.gethostname() or place == f"rank {world.rank}"
+    return Sleep(1_100_000 if slow else 1_000_000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["jw3", "rank 0"])
+def test_swapped_runs_tell_a_slow_host_from_a_slow_role(hosts: SshHosts, place: str) -> None:
+    """A tenth more per sample, on a host or in a role; which order each run has is seen as well."""
+    for name in ("jw2", "jw3"):
+        hosts.run(name, "sh", "-c", f"cat >slow_place.py <<'END'{SLOW_PLACE}END")
+    options = ("--model", "slow_place:make", "--batch-size", "8", "--duration", "2s")
+    asked = ("--env", f"SLOW={place}", "--repeat", "4", "--swap")
+    done = hosts.launch(*COMMON, *asked, "--", "-m", "distbench.offline", *options, timeout=150)
+    try:
+        assert done.returncode == 0, done.stderr
+        firsts = [line.split()[1] for line in done.stderr.splitlines() if "--node-rank 0" in line]
+        assert firsts == ["jw2:", "jw3:", "jw3:", "jw2:"]
+        host, role = (line.partition(": ")[2] for line in done.stderr.splitlines()[-2:])
+        blamed, spared = (host, role) if place == "jw3" else (role, host)
+        assert ("% faster" if place == "jw3" else "% slower") in blamed, done.stderr[-600:]
+        assert "no difference told" in spared, done.stderr[-600:]
+        assert done.stdout.count("MEASUREMENT") == 4
+        assert hosts.run("jw1", "sh", "-c", "ls -d results/2* | wc -l").stdout.strip() == "4"
+    finally:
+        for name in hosts.names:
+            clean(hosts, name)
+
+
 def test_the_bare_command_works_with_the_printed_environment(hosts: SshHosts) -> None:
     done = hosts.launch(*COMMON, "--print-env")
     assert done.returncode == 0, done.stderr
@@ -206,7 +241,7 @@ def test_another_launch_in_the_output_directory_is_refused(hosts: SshHosts) -> N
             assert time.monotonic() < end
             time.sleep(0.05)
         said = refused(hosts, *COMMON, *OFFLINE)
-        assert f"jw2: {HOME}/results is in use by launch 2" in said and "from jw1" in said
+        assert f"jw2: {HOME}/results is in use by a launch of " in said and " from jw1" in said
         assert "another --output-dir" in said
     finally:
         first.send_signal(signal.SIGTERM)

@@ -1,0 +1,137 @@
+"""The launcher's command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from channel import NAME
+from checks import Host
+
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ENV_FILE = "distbench.env"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for.
+
+    Attributes:
+        hosts: in order; the first is node 0. 0 processes stand for one a GPU.
+        python: on the hosts.
+        folder: on the hosts, in which the command runs.
+        env: of the command, beside the hosts' own.
+        to: local folder for results.
+        master_port: of the rendezvous; 0 for a free one.
+        command: for torchrun, from ``-m`` on.
+        repeat: how many runs, one after the other.
+        swap: whether two hosts exchange their ranks between runs, in the order ABBA.
+        dry_run: only show what would be started.
+        print_env: only write ``distbench.env``.
+    """
+
+    hosts: tuple[Host, ...]
+    python: str
+    folder: str
+    env: dict[str, str]
+    to: Path
+    master_port: int
+    command: tuple[str, ...]
+    repeat: int
+    swap: bool
+    dry_run: bool
+    print_env: bool
+
+
+def parse(argv: Sequence[str], text: str) -> Options:
+    """Read the command line; ends the program with a sentence where it cannot be used.
+
+    Args:
+        argv: without the program's name.
+        text: shown by --help.
+    """
+    split = argv.index("--") if "--" in argv else len(argv)
+    made = argparse.ArgumentParser(
+        prog="launch/ssh.py",
+        usage="%(prog)s --hosts HOST[:GPUS],... [options] -- -m distbench.SCENARIO [its options]",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    where = made.add_mutually_exclusive_group(required=True)
+    where.add_argument("--hosts", metavar="H[:N],...", help="each with how many ranks: its GPUs")
+    where.add_argument("--hostfile", metavar="FILE", help="the same, a host a line, # comments")
+    made.add_argument("--python", default="python3", help="on the hosts (python3)")
+    made.add_argument("--dir", default="~", help="on the hosts, to run in (home)")
+    made.add_argument("--env", action="append", default=[], metavar="NAME=V", help="of the command")
+    made.add_argument("--to", type=Path, default=Path("results"), help="local folder (results)")
+    made.add_argument("--master-port", type=int, default=0, metavar="PORT", help="0: a free one")
+    made.add_argument("--repeat", type=int, default=1, metavar="N", help="runs (1)")
+    made.add_argument(
+        "--swap",
+        action="store_true",
+        help="exchange two hosts' ranks: ABBA; needs --repeat 4, 8...",
+    )
+    made.add_argument("--dry-run", action="store_true", help="check, show the lines, start nothing")
+    made.add_argument(
+        "--print-env", action="store_true", help=f"write {ENV_FILE} here and on each host"
+    )
+    told = made.parse_args(argv[:split])
+    command = tuple(argv[split + 1 :])
+    if not command and not told.print_env:
+        made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
+    words = told.hosts
+    if words is None:
+        try:
+            lines = Path(told.hostfile).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            made.error(f"--hostfile {told.hostfile}: {error.strerror}")
+        words = ",".join(word for line in lines for word in line.partition("#")[0].split())
+    hosts = [one_host(made, word) for word in words.split(",") if word]
+    if not hosts:
+        made.error("no host was named")
+    if len({host.name for host in hosts}) < len(hosts):
+        made.error("a host is named twice")
+    if told.repeat < 1:
+        made.error(f"--repeat {told.repeat}: at least one run")
+    if told.swap and (len(hosts) != 2 or told.repeat % 4):
+        made.error("--swap takes two hosts and --repeat 4, 8, 12, ...: each order as often")
+    env = {}
+    for each in told.env:
+        name, equals, value = each.partition("=")
+        if not equals or not VARIABLE.fullmatch(name):
+            made.error(f"--env takes NAME=VALUE, not {each!r}")
+        env[name] = value
+    return Options(
+        tuple(hosts),
+        told.python,
+        told.dir,
+        env,
+        told.to,
+        told.master_port,
+        command,
+        told.repeat,
+        told.swap,
+        told.dry_run,
+        told.print_env,
+    )
+
+
+def one_host(made: argparse.ArgumentParser, word: str) -> Host:
+    """Read HOST or HOST:RANKS."""
+    name, colon, count = word.partition(":")
+    if not NAME.fullmatch(name) or (colon and not (count.isdecimal() and int(count))):
+        made.error(f"{word!r} is no HOST or HOST:RANKS, such as jw2 or jw2:4")
+    return Host(name, int(count) if colon else 0)
+
+
+def given(command: Sequence[str], option: str, default: str = "") -> str:
+    """Return the value of an option of the command, as distbench reads it: the last one counts."""
+    spelt, value = {f"--{option}", f"--{option.replace('-', '_')}"}, default
+    for place, word in enumerate(command):
+        name, equals, behind = word.partition("=")
+        if name in spelt:
+            value = behind if equals else "".join(command[place + 1 : place + 2])
+    return value

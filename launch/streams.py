@@ -1,0 +1,59 @@
+"""What the hosts write, and what the launcher says itself."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Sequence
+
+from checks import Host
+
+
+class Streams:
+    """Puts the hosts' lines where they belong, whole lines only.
+
+    Attributes:
+        first: whose stdout is shown as it is: the place of the host that has rank 0.
+        exit_told: the first exit status of a rank that torchrun told of; 0 for none.
+    """
+
+    def __init__(self, hosts: Sequence[Host]) -> None:
+        self.first = 0
+        self.exit_told = 0
+        self._hosts = [host.name for host in hosts]
+        self._lock = threading.Lock()
+        self._rest: dict[tuple[int, bytes], bytes] = {}
+
+    def take(self, place: int, kind: bytes, data: bytes) -> None:
+        """Take output of a host: ``O`` or ``E``."""
+        with self._lock:
+            *lines, rest = (self._rest.get((place, kind), b"") + data).split(b"\n")
+            self._rest[place, kind] = rest
+            for line in lines:
+                self._put(place, kind, line)
+
+    def end(self) -> None:
+        """Show what came without a last line feed."""
+        with self._lock:
+            for (place, kind), rest in self._rest.items():
+                if rest:
+                    self._put(place, kind, rest)
+            self._rest.clear()
+
+    def _put(self, place: int, kind: bytes, line: bytes) -> None:
+        if kind == b"O" and place == self.first:
+            sys.stdout.buffer.write(line + b"\n")
+            sys.stdout.buffer.flush()
+            return
+        found = re.search(rb"exitcode\s*:\s*(\d+)", line)
+        if found and not self.exit_told:
+            self.exit_told = int(found.group(1))
+        sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
+        sys.stderr.buffer.flush()
+
+
+def say(text: str) -> None:
+    """Write a line about the launch itself."""
+    sys.stderr.write(f"launch: {text}\n")
+    sys.stderr.flush()

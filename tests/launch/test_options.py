@@ -1,0 +1,61 @@
+"""The launcher's command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from options import given, parse
+
+RUN = ("--", "-m", "distbench.offline")
+
+
+def test_hosts_env_and_command_are_read() -> None:
+    made = parse(["--hosts", "jw2,bench@jw3:4", "--env", "A=b=c", "--env", "B=", *RUN, "--x"], "")
+    assert [(host.name, host.processes) for host in made.hosts] == [("jw2", 0), ("bench@jw3", 4)]
+    assert made.env == {"A": "b=c", "B": ""}
+    assert made.command == ("-m", "distbench.offline", "--x")
+    assert (made.repeat, made.swap, made.dry_run, made.print_env) == (1, False, False, False)
+
+
+def test_a_hostfile_is_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_text("jw2  # the first\n\n# none here\njw3:2 jw4\n")
+    made = parse(["--hostfile", str(path), *RUN], "")
+    assert [(h.name, h.processes) for h in made.hosts] == [("jw2", 0), ("jw3", 2), ("jw4", 0)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--hosts", "jw2"], "say what to run behind --"),
+        (["--hosts", "-oProxyCommand=x", *RUN], "--hosts"),
+        (["--hosts", "jw2,-x", *RUN], "'-x' is no HOST"),
+        (["--hosts", "jw2:0", *RUN], "'jw2:0' is no HOST"),
+        (["--hosts", "jw2:x", *RUN], "'jw2:x' is no HOST"),
+        (["--hosts", ",", *RUN], "no host was named"),
+        (["--hosts", "jw2,jw2:2", *RUN], "named twice"),
+        (["--hosts", "jw2", "--env", "A", *RUN], "NAME=VALUE, not 'A'"),
+        (["--hosts", "jw2", "--env", "1A=x", *RUN], "NAME=VALUE"),
+        (["--hosts", "jw2,jw3", "--swap", *RUN], "--repeat 4, 8"),
+        (["--hosts", "jw2", "--swap", "--repeat", "4", *RUN], "takes two hosts"),
+        (["--hosts", "jw2", "--repeat", "0", *RUN], "at least one run"),
+        (["--hostfile", "/nowhere/hosts", *RUN], "No such file"),
+        ([*RUN], "--hosts --hostfile is required"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_with_a_sentence(
+    capsys: pytest.CaptureFixture[str], argv: list[str], word: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(argv, "")
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_options_of_the_command_are_read_as_distbench_reads_them() -> None:
+    command = ["-m", "distbench.offline", "--output_dir", "a", "--output-dir=b c", "--device=cpu"]
+    assert given(command, "output-dir", "results") == "b c"
+    assert given(command, "device") == "cpu"
+    assert given(command, "name", "none") == "none"
+    assert given([*command, "--name"], "name", "none") == ""
