@@ -293,6 +293,8 @@ def _trust(result: dict[str, Any]) -> list[str]:
     skew = f"{duration(start['skew_s'])} +-{duration(start['bound_s'])}"
     if start["skew_s"] is None:
         skew = f"unknown: {_unstarted(result)}"
+    elif start["skew_s"] < start["bound_s"]:
+        skew += " (below what the clocks resolve)"
     attempts = "unknown" if start["attempts"] is None else start["attempts"]
     lines = [
         "TRUST",

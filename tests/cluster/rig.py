@@ -101,6 +101,7 @@ class Hosts:
         self.decoys, self.debian_hosts = decoys, debian_hosts
         self._keepers: list[subprocess.Popen[str]] = []  # of the switch, then of each host
         self._rules: dict[str, str] = {}
+        self._cables: list[subprocess.Popen[str]] = []
 
     def __enter__(self) -> Hosts:
         try:
@@ -115,6 +116,8 @@ class Hosts:
 
     def __exit__(self, *_: object) -> None:
         complaints = ""
+        for cable in self._cables:
+            cable.communicate(timeout=20)
         while self._keepers:  # from the last host to the switch
             keeper = self._keepers.pop()
             try:
@@ -163,6 +166,22 @@ class Hosts:
     def unplug(self, i: int) -> None:
         """Take the carrier from eth0 of host `i`."""
         self._tool(SWITCH, _IP, f"link set port{i} down\n")
+
+    def delay(self, i: int, out_us: int, in_us: int) -> None:
+        """Let each frame from host `i` take `out_us`, and each one to it `in_us`; once per host.
+
+        Needs /dev/net/tun: this kernel may lack netem, so a program is put into the cable.
+        """
+        self._tool(SWITCH, _IP, f"link del port{i}\n")
+        pids = [str(self._keepers[k].pid) for k in (1 + i, 0)]
+        argv = [sys.executable, str(Path(__file__).with_name("delay.py")), *pids, f"port{i}"]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        cable = subprocess.Popen([*argv, str(out_us), str(in_us)], **pipes)
+        self._cables.append(cable)
+        if cable.stdout is None or cable.stdout.readline() != "ready\n":
+            raise RuntimeError("no TAP device could be made")
+        self._tool(SWITCH, _IP, f"link set port{i} master br0 up\n")
+        self._tool(i, _IP, f"addr add {self.address(i)}/24 dev eth0\nlink set eth0 up\n")
 
     def heal(self, i: int) -> None:
         """Undo `drop_larger_than`, `cut` and `unplug` on host `i`."""

@@ -259,3 +259,27 @@ def _alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no /dev/net/tun: no delay")
+@pytest.mark.parametrize(("out_us", "in_us"), [(1000, 1000), (2000, 500)])
+def test_a_slow_way_widens_the_clocks_bound_and_never_breaks_it(
+    outs: tuple[Path, Path], out_us: int, in_us: int
+) -> None:
+    """1 ms each way: bound at most 1.3 ms. 2 ms and 0.5 ms: an error of 0.75 ms that is in it."""
+    offset_ns = 3_000_000_000
+    with rig.Hosts(2, decoys=False, time_offsets_ns=(0, offset_ns)) as hosts:
+        hosts.delay(1, out_us, in_us)
+        told = _both(hosts, outs, *SLEEP, "--duration", "2s")
+    assert [code for code, _, _ in told] == [0, 0], told
+    path = _only(outs[0])
+    result = load_run(path).result()
+    one = result["clock"]["ranks"][1]
+    error, bound = abs(one["offset_s"] - offset_ns / 1e9), one["bound_s"]
+    assert error <= bound
+    assert (out_us + in_us) / 2e6 * 0.99 <= bound <= (out_us + in_us) / 2e6 + 0.3e-3
+    if out_us != in_us:
+        assert error >= 0.5e-3, "half the difference of the ways, which nobody can see"
+    skew = result["start"]["skew_s"]
+    assert skew < bound
+    assert "below what the clocks resolve" in " ".join(told[0][1].split())
