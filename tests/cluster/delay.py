@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from collections import deque
+from pathlib import Path
 
 CLONE_NEWNET = 0x40000000
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000
@@ -28,7 +29,8 @@ now = time.monotonic_ns
 
 def tap(pid: int, name: str) -> int:
     """Make a TAP device in the network namespace of a process; returns its descriptor."""
-    with open(f"/proc/{pid}/ns/net", "rb") as there, open("/proc/self/ns/net", "rb") as here:
+    spaces = [Path("/proc", each, "ns/net") for each in (str(pid), "self")]
+    with spaces[0].open("rb") as there, spaces[1].open("rb") as here:
         libc = ctypes.CDLL(None, use_errno=True)
         assert libc.setns(there.fileno(), CLONE_NEWNET) == 0, os.strerror(ctypes.get_errno())
         try:
