@@ -6,6 +6,7 @@ frames: a letter, the length in 4 bytes, the payload.
 
     to the agent     J  a request, JSON: {"id": n, "do": name, ...}     P  nothing, once a second
     from the agent   J  an answer, JSON: {"id": n, ...} or {"id": n, "error": text}
+                     P  nothing, for each P that came
                      O  what the command wrote to stdout      E  likewise to stderr
                      F  a piece of a file: the id in 4 bytes, then the bytes
 
@@ -42,18 +43,24 @@ from typing import Any
 MARK = b"\n\x01distbench agent 1\x01\n"
 """Before the first frame, so that what a login shell prints is told from it."""
 SILENT_S, GRACE_S = 15.0, 12.0
+KILL_S = 10.0
+"""A process that a kernel call holds (a dead disk) is left to the kernel after so long."""
 PIECE = 1 << 18
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 HEAD = struct.Struct(">cI")
 TETHERED = f"""
 import ctypes, os, sys
 ctypes.CDLL(None).prctl({PR_SET_PDEATHSIG}, ctypes.c_ulong({int(signal.SIGTERM)}), 0, 0, 0)
+if os.getppid() != int(os.environ.pop("DISTBENCH_AGENT")):
+    sys.exit(143)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 """Becomes the command, which gets SIGTERM should this process be killed."""
 
-writing = threading.Lock()
+writing, starting = threading.Lock(), threading.Lock()
 command: list[subprocess.Popen[bytes]] = []
+"""The one that was started last; None is started once ``closing`` has something in it."""
+closing: list[bool] = []
 held: list[Any] = []
 """Locks that live as long as this process."""
 doors: list[socket.socket] = []
@@ -153,7 +160,10 @@ def lock(output: str, who: str) -> dict[str, Any]:
 
 def listen(token: str, port: int) -> dict[str, Any]:
     """Listen on a port, 0 for a free one, and send the token to whoever connects."""
-    door = socket.create_server(("", port))
+    if socket.has_dualstack_ipv6():
+        door = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
+    else:
+        door = socket.create_server(("", port))
     doors.append(door)
 
     def serve() -> None:
@@ -246,15 +256,18 @@ def read(number: int, path: str) -> dict[str, Any]:
 
 def run(argv: list[str], env: dict[str, str]) -> dict[str, Any]:
     """Run a command to its end, its output sent as it comes; returns its exit status."""
-    child = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", TETHERED, *argv],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env={**os.environ, **env},
-        start_new_session=True,
-    )
-    command.append(child)
+    with starting:
+        if closing:
+            raise OSError("the channel has ended")
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", TETHERED, *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, **env, "DISTBENCH_AGENT": str(os.getpid())},
+            start_new_session=True,
+        )
+        command[:] = [child]
     pumps = [
         threading.Thread(target=pump, args=(kind, pipe), daemon=True)
         for kind, pipe in ((b"O", child.stdout), (b"E", child.stderr))
@@ -298,10 +311,10 @@ def clear(grace_s: float) -> int:
     end = time.monotonic() + grace_s
     while descendants() and time.monotonic() < end:
         time.sleep(0.05)
-    killed = set[int]()
-    while left := descendants():
+    killed, end = set[int](), time.monotonic() + KILL_S
+    while (left := descendants()) and time.monotonic() < end:
         for pid in left:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         killed.update(left)
         time.sleep(0.02)
@@ -359,8 +372,12 @@ def main() -> None:
         payload = exactly(length)
         if len(payload) < length:
             break
-        if kind == b"J":
+        if kind == b"P":
+            threading.Thread(target=send, args=(b"P", b""), daemon=True).start()
+        elif kind == b"J":
             threading.Thread(target=handle, args=(json.loads(payload),), daemon=True).start()
+    with starting:
+        closing.append(True)
     clear(GRACE_S)
     os._exit(0)
 

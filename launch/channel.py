@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import agent
 
@@ -30,6 +30,9 @@ SSH_OPTIONS = {
     "ForwardX11": "no",
     "ForwardAgent": "no",
     "ClearAllForwardings": "yes",
+    # A shared connection is another process's: it knows nothing of the limits above.
+    "ControlMaster": "no",
+    "ControlPath": "none",
 }
 BOOT = (
     "import os,functools;n=int(os.read(0,8));"
@@ -39,6 +42,10 @@ BOOT = (
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.@-]*[A-Za-z0-9_])?")
 """Of a host, or an alias out of ssh_config, perhaps with USER@; never an option."""
 PING_S = 1.0
+MOST_BYTES = 64 << 20
+"""Of a frame; the agent's longest, a list of a result's files, is far below it."""
+CLOSE_S = 2.0
+"""Where nothing was started there is nothing to end."""
 
 
 class Lost(Exception):
@@ -87,9 +94,11 @@ class Channel:
         self._writing = threading.Lock()
         self._changed = threading.Condition()
         self._answers: dict[int, dict[str, Any]] = {}
-        self._files: dict[int, Callable[[bytes], object]] = {}
+        self._files: dict[int, tuple[BinaryIO, int]] = {}
         self._number = 0
         self._said: list[str] = []
+        self._ran = False
+        self._heard = time.monotonic()
         self._ssh = subprocess.Popen(
             ssh_argv(host, python),
             stdin=subprocess.PIPE,
@@ -126,6 +135,7 @@ class Channel:
         with self._changed:
             self._number += 1
             number = self._number
+        self._ran = self._ran or do == "run"
         self._request(number, do, what)
         return number
 
@@ -140,18 +150,25 @@ class Channel:
             raise Refused(f"{self.host}: {found['error']}")
         return found
 
-    def fetch(self, path: str, target: Path, timeout_s: float) -> str:
+    def fetch(self, path: str, target: Path, size: int, timeout_s: float) -> str:
         """Copy a file from the host; returns the SHA-256 that the host read.
+
+        Args:
+            path: there.
+            target: here.
+            size: in bytes, as the host told it; more is not taken.
+            timeout_s: as for ``ask``.
 
         Raises:
             Lost: the channel ended meanwhile, or it took longer.
             Refused: the host cannot read it.
+            OSError: it cannot be written here.
         """
-        with target.open("wb") as file:
+        with target.open("wb", buffering=0) as file:
             with self._changed:
                 self._number += 1
                 number = self._number
-                self._files[number] = file.write
+                self._files[number] = file, size
             try:
                 self._request(number, "read", {"path": path})
                 return str(self.result(number, timeout_s)["sha256"])
@@ -159,13 +176,19 @@ class Channel:
                 with self._changed:
                     self._files.pop(number)
 
+    def give_up(self, why: str) -> None:
+        """Let every request that waits end with ``Lost``."""
+        with self._changed:
+            self.lost = self.lost or f"{self.host}: {why}"
+            self._changed.notify_all()
+
     def close(self) -> None:
         """End the channel; the agent then ends what still runs on its host."""
         with self._writing, contextlib.suppress(OSError):
             if self._ssh.stdin is not None:
                 self._ssh.stdin.close()
         try:
-            self._ssh.wait(agent.GRACE_S + 5)
+            self._ssh.wait(agent.GRACE_S + 5 if self._ran else CLOSE_S)
         except subprocess.TimeoutExpired:
             self._ssh.kill()
             self._ssh.wait()
@@ -188,6 +211,9 @@ class Channel:
         with contextlib.suppress(OSError):
             while not self.lost:
                 time.sleep(PING_S)
+                if time.monotonic() - self._heard > agent.SILENT_S:
+                    self.give_up(f"nothing came from it for {agent.SILENT_S:g} s")
+                    self._ssh.kill()
                 self._write(agent.HEAD.pack(b"P", 0))
 
     def _hear_errors(self) -> None:
@@ -199,7 +225,7 @@ class Channel:
 
     def _listen(self) -> None:
         assert self._ssh.stdout is not None
-        read = self._ssh.stdout.read
+        read, why = self._ssh.stdout.read, ""
         try:
             before = b""
             while not before.endswith(agent.MARK):
@@ -209,28 +235,45 @@ class Channel:
                 before += piece
             else:
                 while len(head := read(agent.HEAD.size)) == agent.HEAD.size:
+                    self._heard = time.monotonic()
                     kind, length = agent.HEAD.unpack(head)
+                    if length > MOST_BYTES:
+                        raise ValueError(f"a frame of {length} bytes")
                     self._take(kind, read(length))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            why = f"it sent what no agent sends, or it could not be taken here: {error}"
         finally:
+            if why:
+                self._ssh.kill()
             self._ssh.stdout.close()
             code = self._ssh.wait()
             time.sleep(0.05)  # what ssh said last is being read
-            why = "; ".join(self._said[-2:]) or f"ssh ended with status {code}"
-            with self._changed:
-                self.lost = f"{self.host}: {why}"
-                self._changed.notify_all()
+            self.give_up(why or "; ".join(self._said[-2:]) or f"ssh ended with status {code}")
 
     def _take(self, kind: bytes, payload: bytes) -> None:
         if kind == b"F":
             (number,) = struct.unpack(">I", payload[:4])
             with self._changed:
-                write = self._files.get(number)
-            if write is not None:
-                write(payload[4:])
+                file, left = self._files.get(number, (None, 0))
+            if file is None:
+                return
+            problem = "more came than the host told of" if len(payload) - 4 > left else ""
+            try:
+                if not problem:
+                    file.write(payload[4:])
+                    self._files[number] = file, left - len(payload) + 4
+            except OSError as error:
+                problem = f"cannot be written here: {error.strerror}"
+            if problem:
+                with self._changed:
+                    self._files[number] = file, -1
+                    self._answers[number] = {"error": problem}
+                    self._changed.notify_all()
         elif kind == b"J":
             found = json.loads(payload)
             with self._changed:
-                self._answers[int(found.pop("id"))] = found
+                # The first answer counts: that of a copy which failed here stays.
+                self._answers.setdefault(int(found.pop("id")), found)
                 self._changed.notify_all()
         elif kind in (b"O", b"E"):
             self._on_output(kind, payload)

@@ -14,8 +14,12 @@ from typing import Any
 
 from channel import Channel, Lost, Refused
 
+FACTS_S = 10.0
+"""For connecting and the first answer; ssh itself gives up connecting after 8 s. With one slow step
+all checks end within the 15 s that are promised."""
 LIMIT_S = 15.0
-"""For all checks together; every request has what is left of it."""
+ASK_S = 8.0
+"""For one request that only looks; with ssh's own limit for connecting."""
 REACH_S = 4.0
 LEAST_FREE_BYTES = 256 << 20
 PAIRS_OF = 8
@@ -60,7 +64,12 @@ def at_once(
             return None, str(error)
 
     with ThreadPoolExecutor(max(1, len(channels))) as pool:
-        told = list(pool.map(safely, channels))
+        try:
+            told = list(pool.map(safely, channels))
+        except KeyboardInterrupt:
+            for channel in channels:
+                channel.give_up("interrupted")
+            raise
     return [found for found, _ in told], [why for _, why in told if why]
 
 
@@ -73,7 +82,7 @@ def alike(hosts: Sequence[Host], python: str) -> list[str]:
             if name not in found:
                 problems.append(
                     f"{host.name}: {host.facts['python']} has no {name}: give --python the one of "
-                    f"the environment that has it (now {python!r}), or --deploy"
+                    f"the environment that has it (now {python!r})"
                 )
         if host.facts["free_bytes"] < LEAST_FREE_BYTES:
             problems.append(
@@ -85,10 +94,13 @@ def alike(hosts: Sequence[Host], python: str) -> list[str]:
         every = {host.name: host.facts["versions"].get(name) for host in hosts}
         if None not in every.values() and len(set(every.values())) > 1:
             shown = ", ".join(f"{version} on {host}" for host, version in every.items())
-            problems.append(f"{name} differs: {shown}: install one version on all, or --deploy")
+            problems.append(f"{name} differs: {shown}: install one version on all")
     for one, other in itertools.combinations(hosts, 2):
-        if one.facts["host"] == other.facts["host"] and one.address == other.address:
-            problems.append(f"{one.name} and {other.name} are the same host: name it once")
+        if one.facts["host"] == other.facts["host"]:
+            problems.append(
+                f"{one.name} and {other.name} both call themselves {one.facts['host']!r}: name a "
+                "host once, and give each a hostname of its own"
+            )
     return problems
 
 
@@ -120,7 +132,7 @@ def reached(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> tu
     token = secrets.token_hex(16)
     doors, wrong = at_once(
         channels,
-        lambda each: each.ask("listen", LIMIT_S, token=token, port=port * (each is channels[0])),
+        lambda each: each.ask("listen", ASK_S, token=token, port=port * (each is channels[0])),
     )
     if wrong:
         return 0, [f"{why}: give --master-port another one, or 0 for any" for why in wrong]
@@ -136,7 +148,7 @@ def reached(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> tu
         address, port = hosts[end].address, doors[end]["port"]
         try:
             channels[start].ask(
-                "reach", LIMIT_S, address=address, port=port, token=token, within_s=REACH_S
+                "reach", ASK_S, address=address, port=port, token=token, within_s=REACH_S
             )
         except (Lost, Refused) as error:
             return (
@@ -148,24 +160,24 @@ def reached(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> tu
 
     with ThreadPoolExecutor(32) as pool:
         problems = [why for why in pool.map(way, pairs) if why]
-    at_once(channels, lambda each: each.ask("hush", LIMIT_S))
+    at_once(channels, lambda each: each.ask("hush", ASK_S))
     return doors[0]["port"], problems
 
 
 def sharing(channels: Sequence[Channel], hosts: Sequence[Host]) -> list[bool]:
     """Return which hosts have the first one's output directory."""
     first, name = channels[0], f".shared-{secrets.token_hex(8)}"
-    first.ask("mark", LIMIT_S, output=hosts[0].facts["output"], name=name)
+    first.ask("mark", ASK_S, output=hosts[0].facts["output"], name=name)
 
     def looks(place: int) -> bool:
         output = hosts[place].facts["output"]
-        found = channels[place].ask("marked", LIMIT_S, output=output, names=[name])
+        found = channels[place].ask("marked", ASK_S, output=output, names=[name])
         return bool(found["names"])
 
     try:
         return [False, *(looks(place) for place in range(1, len(hosts)))]
     finally:
-        first.ask("unmark", LIMIT_S, output=hosts[0].facts["output"], name=name)
+        first.ask("unmark", ASK_S, output=hosts[0].facts["output"], name=name)
 
 
 def locked(channels: Sequence[Channel], hosts: Sequence[Host], who: str) -> list[str]:
@@ -175,8 +187,8 @@ def locked(channels: Sequence[Channel], hosts: Sequence[Host], who: str) -> list
         if host.shares:
             continue
         output = host.facts["output"]
-        by = channel.ask("lock", LIMIT_S, output=output, who=who)["held_by"]
-        if by:
+        by = channel.ask("lock", ASK_S, output=output, who=who)["held_by"]
+        if by and by != who:  # hosts that share a folder which is not the first one's
             problems.append(
                 f"{host.name}: {output} is in use by {by}: wait for it, or give another "
                 "--output-dir behind the --"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -21,13 +22,16 @@ from checks import LIMIT_S, Host
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FETCH_S = 600.0
+RUN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+"""What a run's directory may be called here, whatever a host says it is called there."""
 BAD, MOST_TOLD = ("incomplete", "invalid"), 6
 EXIT_OK, EXIT_CRASH, EXIT_STRICT, EXIT_INCOMPLETE = 0, 1, 3, 6
 
 
 def names(channel: Channel, output: str) -> set[str]:
     """Return the runs in a host's output directory."""
-    return set(channel.ask("entries", LIMIT_S, output=output)["names"])
+    found = channel.ask("entries", LIMIT_S, output=output)["names"]
+    return {name for name in found if RUN.fullmatch(name)}
 
 
 def copy(channel: Channel, source: str, target: Path) -> None:
@@ -48,7 +52,7 @@ def copy(channel: Channel, source: str, target: Path) -> None:
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise Refused(f"{channel.host}: {name!r} lies outside {source}")
             path.parent.mkdir(parents=True, exist_ok=True)
-            told = channel.fetch(f"{source}/{name}", path, FETCH_S)
+            told = channel.fetch(f"{source}/{name}", path, size, FETCH_S)
             if told != _sha256(path) or path.stat().st_size != size:
                 raise Refused(f"{channel.host}: {source}/{name} changed while it was copied")
         part.chmod(0o755)
@@ -90,8 +94,10 @@ def collect(
     spare = Path(tempfile.mkdtemp(prefix=".launch-", dir=_made(to)))
     try:
         for place, (channel, host, known) in enumerate(zip(channels, hosts, before, strict=True)):
-            if host.shares or channel.lost:
-                wrong += [f"{channel.lost}: its part stays there"] if channel.lost else []
+            if channel.lost:
+                wrong.append(f"{channel.lost}: its part stays there")
+                continue
+            if host.shares and any(_whole(to / name) for name in copies):
                 continue
             try:
                 for name in sorted(names(channel, host.facts["output"]) - known):
@@ -159,18 +165,15 @@ def verified(folder: Path) -> str:
     return said[-1].strip() if said else f"verify ended with {done.returncode}"
 
 
-def exit_status(folders: Sequence[Path], codes: Mapping[str, int], strict: bool, usage: int) -> int:
+def exit_status(folders: Sequence[Path], codes: Mapping[str, int], usage: int) -> int:
     """Return a launch's exit status: the run's, from result.json, since torchrun only says 1.
 
     Args:
         folders: the results.
         codes: torchrun's exit status by host.
-        strict: whether the command was given --strict.
         usage: a rank's own exit status, as torchrun told it; 0 where it told none.
     """
     states = [str(result_of(folder).get("verdict", {}).get("status", "")) for folder in folders]
     if "INCOMPLETE" in states:
         return EXIT_INCOMPLETE
-    if any(codes.values()):
-        return EXIT_STRICT if strict and usage == EXIT_STRICT else usage or EXIT_CRASH
-    return EXIT_OK
+    return (usage or EXIT_CRASH) if any(codes.values()) else EXIT_OK

@@ -31,7 +31,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from channel import Channel, Lost, Refused
-from checks import LIMIT_S, Host, alike, at_once, busy, locked, reached, sharing
+from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, sharing
 from collect import EXIT_STRICT, account, collect, exit_status, names, verified
 from options import ENV_FILE, Options, given, parse
 from streams import Streams, say
@@ -69,7 +69,7 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
     output = given(options.command, "output-dir", "results")
     told, wrong = at_once(
         channels,
-        lambda each: each.ask("facts", LIMIT_S, folder=options.folder, output=output),
+        lambda each: each.ask("facts", FACTS_S, folder=options.folder, output=output),
     )
     if wrong:
         raise Unfit(*wrong)
@@ -118,7 +118,7 @@ def run(
         for channel, argv in zip(channels, argvs, strict=True)
     ]
     codes: dict[str, int] = {}
-    ends_at = float("inf")
+    ends_at, stopped = float("inf"), False
     while len(codes) < len(hosts):
         for channel, host, number in zip(channels, hosts, asked, strict=True):
             if host.name in codes:
@@ -133,9 +133,13 @@ def run(
                 ends_at = min(ends_at, time.monotonic() + AFTER_S)
         if time.monotonic() > ends_at:
             late = [host.name for host in hosts if host.name not in codes]
+            if stopped:
+                say(f"{', '.join(late)} did not answer and counts as lost")
+                codes |= dict.fromkeys(late, 1)
+                break
             say(f"{', '.join(late)} did not end within {AFTER_S:g} s of the others and is stopped")
             stop(channels)
-            ends_at = float("inf")
+            stopped, ends_at = True, time.monotonic() + AFTER_S
     return codes
 
 
@@ -150,11 +154,12 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
     if options.print_env:
         return write_env(channels, hosts, options.master_port)
     if not options.dry_run:
-        held = locked(channels, hosts, f"a launch of {datetime.now(timezone.utc):%H:%M:%S} UTC "
-                      f"from {os.uname().nodename}")  # fmt: skip
+        since = f"{datetime.now(timezone.utc):%H:%M:%S} UTC"
+        who = f"a launch of {since} from {os.uname().nodename} ({secrets.token_hex(4)})"
+        held = locked(channels, hosts, who)
         if held:
             raise Unfit(*held)
-    status, results = 0, list[Path]()
+    worst, results = 0, list[Path]()
     for number in range(options.repeat):
         order = range(len(hosts))
         if options.swap and number % 4 in (1, 2):
@@ -165,14 +170,16 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
         ]
         if not options.swap:
             nodes = hosts
+        streams.exit_told = 0
         status, folders = one_run(options, [channels[i] for i in order], nodes, streams)
         results += folders
+        worst = worst or status
         if status not in GO_ON:
             return status
     if options.swap and not options.dry_run:
         for sentence in told_apart(results, [host.facts["host"] for host in hosts]):
             say(sentence)
-    return status
+    return worst
 
 
 def one_run(
@@ -190,13 +197,13 @@ def one_run(
     if options.dry_run:
         return 0, []
     before = [names(channels[node], host.facts["output"]) for node, host in enumerate(hosts)]
-    interrupted = False
+    cut = False
     try:
         codes = run(channels, hosts, argvs, options)
     except KeyboardInterrupt:
         say("interrupted: what runs on the hosts is ended")
         stop(channels)
-        codes, interrupted = {host.name: 1 for host in hosts}, True
+        codes, cut = {host.name: 1 for host in hosts}, True
     streams.end()
     folders, wrong = collect(channels, hosts, before, options.to)
     for sentence in wrong:
@@ -208,8 +215,13 @@ def one_run(
             say(sentence)
     if not folders:
         say("nothing was recorded: what each host said stands above, behind its name")
-    status = exit_status(folders, codes, "--strict" in options.command, streams.exit_told)
-    return (EXIT_INTERRUPTED if interrupted else status or int(bool(wrong))), folders
+    status = exit_status(folders, codes, streams.exit_told)
+    return (EXIT_INTERRUPTED if cut else status or int(bool(wrong))), folders
+
+
+def bracketed(address: str) -> str:
+    """Return an address as it stands before a port: IPv6 in brackets."""
+    return f"[{address}]" if ":" in address else address
 
 
 def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> int:
@@ -221,7 +233,7 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
     port, _ = reached(channels, hosts, port)
     every = {
         "PET_RDZV_BACKEND": "c10d",
-        "PET_RDZV_ENDPOINT": f"{hosts[0].address}:{port}",
+        "PET_RDZV_ENDPOINT": f"{bracketed(hosts[0].address)}:{port}",
         "PET_RDZV_ID": f"distbench-{secrets.token_hex(4)}",
         "PET_MAX_RESTARTS": "0",
     }
@@ -233,9 +245,7 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
         text += f"{name}) export PET_RDZV_CONF={conf} PET_LOCAL_ADDR={address} ;;\n"
     text += "esac\n"
     Path(ENV_FILE).write_text(text, encoding="utf-8")
-    told, wrong = at_once(
-        channels, lambda each: each.ask("write", LIMIT_S, name=ENV_FILE, text=text)
-    )
+    told, wrong = at_once(channels, lambda each: each.ask("write", ASK_S, name=ENV_FILE, text=text))
     for host, found in zip(hosts, told, strict=True):
         if found:
             say(f"{host.name}: {found['path']}")
@@ -245,20 +255,28 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
     return int(bool(wrong))
 
 
+def interrupted(*_: object) -> None:
+    """Take a signal for Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse(sys.argv[1:] if argv is None else argv, __doc__)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGHUP, lambda *_: signal.raise_signal(signal.SIGINT))
+    # SIGINT as well: a shell's background job inherits it ignored. Of SIGHUP `nohup` wants that.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, interrupted)
     streams = Streams(options.hosts)
     try:
+        options.to.mkdir(parents=True, exist_ok=True)
         with connected(options, streams) as channels:
             return launch(options, channels, streams)
     except Unfit as problems:
         for sentence in problems.args:
             say(sentence)
         return EXIT_CHECKS
-    except (Lost, Refused) as error:
+    except (Lost, Refused, OSError) as error:
         say(str(error))
         return 1
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
 import threading
@@ -43,17 +45,22 @@ class Streams:
 
     def _put(self, place: int, kind: bytes, line: bytes) -> None:
         if kind == b"O" and place == self.first:
-            sys.stdout.buffer.write(line + b"\n")
-            sys.stdout.buffer.flush()
+            try:
+                sys.stdout.buffer.write(line + b"\n")
+                sys.stdout.buffer.flush()
+            except OSError:  # whoever read it has gone: the run has not
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
-        found = re.search(rb"exitcode\s*:\s*(\d+)", line)
+        found = re.fullmatch(rb"\s*exitcode\s*:\s*(\d+) \(pid: \d+\)\s*", line)
         if found and not self.exit_told:
             self.exit_told = int(found.group(1))
-        sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
-        sys.stderr.buffer.flush()
+        with contextlib.suppress(OSError):
+            sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
+            sys.stderr.buffer.flush()
 
 
 def say(text: str) -> None:
     """Write a line about the launch itself."""
-    sys.stderr.write(f"launch: {text}\n")
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(f"launch: {text}\n")
+        sys.stderr.flush()

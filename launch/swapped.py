@@ -79,7 +79,8 @@ def told_apart(folders: Sequence[Path], hosts: Sequence[str]) -> list[str]:
         folders: results of the runs.
         hosts: by their own names; A and B.
     """
-    results = [json.loads((folder / "result.json").read_bytes()) for folder in folders]
+    paths = [folder / "result.json" for folder in folders]
+    results = [json.loads(path.read_bytes()) for path in paths if path.exists()]
     pairs = [each for each in (pair(result, hosts) for result in results) if each is not None]
     try:
         found = effects(pairs)

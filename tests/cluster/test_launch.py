@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -21,6 +22,9 @@ pytestmark = [
     pytest.mark.timeout(240),
     pytest.mark.skipif(bool(available()), reason=available() or "the hosts work"),
 ]
+
+SLOW = pytest.mark.slow
+"""Not of the plain run, which has ten minutes; `.ci/run` has a step for these."""
 
 HOURS_NS = 3600 * 10**9
 HOME = Path("~").expanduser()
@@ -71,7 +75,7 @@ def left(hosts: SshHosts, *names: str, within_s: float = 20.0) -> dict[str, list
         time.sleep(0.1)
 
 
-@pytest.mark.parametrize("scenario", ["offline", "server"])
+@pytest.mark.parametrize("scenario", ["offline", pytest.param("server", marks=SLOW)])
 def test_two_hosts_give_one_report_and_the_result_is_here(hosts: SshHosts, scenario: str) -> None:
     options = SLEEP if scenario == "offline" else (*SLEEP[:2], *SLEEP[4:], "--target-qps", "100")
     done = hosts.launch(*COMMON, "--", "-m", f"distbench.{scenario}", *options, "--duration", "3s")
@@ -89,6 +93,32 @@ def test_two_hosts_give_one_report_and_the_result_is_here(hosts: SshHosts, scena
         # The same bytes as on the host of rank 0.
         for name in ("result.json", "ranks/00001/samples.npy", "manifest.sha256"):
             assert file(hosts, "jw1", f"{path}/{name}") == file(hosts, "jw2", f"{path}/{name}")
+        assert left(hosts, *hosts.names) == {}
+    finally:
+        for name in hosts.names:
+            clean(hosts, name)
+
+
+@SLOW
+def test_whoever_reads_the_report_may_leave(hosts: SshHosts) -> None:
+    """A closed pipe behind stdout neither ends the run nor holds the launcher."""
+    line = " ".join(map(shlex.quote, hosts.launcher(*COMMON, *OFFLINE, "--duration", "1s")))
+    done = hosts.run("jw1", "bash", "-c", f"{line} | true; exit ${{PIPESTATUS[0]}}", timeout=60)
+    try:
+        assert done.returncode == 0, done.stderr
+        assert result(hosts)[1]["verdict"]["status"]
+    finally:
+        for name in hosts.names:
+            clean(hosts, name)
+
+
+@SLOW
+def test_a_background_job_of_a_shell_ends_at_sigterm(hosts: SshHosts) -> None:
+    line = " ".join(map(shlex.quote, hosts.launcher(*COMMON, *OFFLINE, "--duration", "60s")))
+    script = f"{line} & p=$!; sleep 6; kill -TERM $p; wait $p; echo ended $?"
+    done = hosts.run("jw1", "sh", "-c", script, timeout=60)
+    try:
+        assert done.stdout.endswith("ended 130\n"), (done.stdout[-300:], done.stderr[-2000:])
         assert left(hosts, *hosts.names) == {}
     finally:
         for name in hosts.names:
@@ -119,7 +149,7 @@ def make(world):
 """
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("place", ["jw3", "rank 0"])
 def test_swapped_runs_tell_a_slow_host_from_a_slow_role(hosts: SshHosts, place: str) -> None:
     """A tenth more per sample, on a host or in a role; which order each run has is seen as well."""
@@ -191,6 +221,7 @@ def test_an_unknown_host_key_is_refused(hosts: SshHosts) -> None:
     assert "jw3: " in said and "Host key verification failed" in said
 
 
+@SLOW
 def test_a_missing_host_is_named(own: SshHosts) -> None:
     own.power_cut("jw3")
     said = refused(own, *COMMON, *OFFLINE)
@@ -198,6 +229,7 @@ def test_a_missing_host_is_named(own: SshHosts) -> None:
     assert "launch: jw2" not in said
 
 
+@SLOW
 def test_a_blocked_port_is_named_with_both_hosts(own: SshHosts) -> None:
     match = "ip saddr 10.77.0.13 tcp dport 1024-65535 ct state new"
     rules = "add table inet t\nadd chain inet t c { type filter hook input priority 0; }\n"
@@ -210,6 +242,7 @@ def test_a_blocked_port_is_named_with_both_hosts(own: SshHosts) -> None:
     assert "jw2 does not reach jw3" not in said
 
 
+@SLOW
 def test_versions_that_differ_are_refused(hosts: SshHosts, tmp_path: Path) -> None:
     fake = tmp_path / "torch-1.0.dist-info"
     fake.mkdir()
@@ -219,9 +252,10 @@ def test_versions_that_differ_are_refused(hosts: SshHosts, tmp_path: Path) -> No
         script = f'#!/bin/sh\nPYTHONPATH={path} exec {PYTHON} "$@"\n'
         hosts.run(name, "sh", "-c", f"printf '%s' '{script}' >{wrapper}; chmod +x {wrapper}")
     said = refused(hosts, *COMMON, "--python", str(wrapper), *OFFLINE)
-    assert "torch differs: " in said and "1.0 on jw3" in said and "--deploy" in said
+    assert "torch differs: " in said and "1.0 on jw3" in said and "install one version" in said
 
 
+@SLOW
 def test_a_python_without_torch_is_refused_naming_the_remedy(hosts: SshHosts) -> None:
     said = refused(hosts, *COMMON, "--python", "/usr/bin/env", *OFFLINE)
     assert "jw2: " in said and "jw3: " in said
@@ -230,6 +264,7 @@ def test_a_python_without_torch_is_refused_naming_the_remedy(hosts: SshHosts) ->
     assert f"jw2: {base} has no torch: give --python" in said
 
 
+@SLOW
 def test_another_launch_in_the_output_directory_is_refused(hosts: SshHosts) -> None:
     first = hosts.popen(
         "jw1", *hosts.launcher(*COMMON, *OFFLINE, "--duration", "30s"), stdout=-1, stderr=-1
@@ -250,6 +285,16 @@ def test_another_launch_in_the_output_directory_is_refused(hosts: SshHosts) -> N
     assert left(hosts, *hosts.names) == {}
     for name in hosts.names:
         clean(hosts, name)
+
+
+@SLOW
+def test_a_host_that_never_answers_is_refused_in_time(hosts: SshHosts) -> None:
+    wrapper = HOME / "python-of-this-host"
+    for name, script in (("jw2", f'exec {PYTHON} "$@"'), ("jw3", "exec sleep 60")):
+        hosts.run(name, "sh", "-c", f"printf '#!/bin/sh\n{script}\n' >{wrapper}")
+        hosts.run(name, "chmod", "+x", str(wrapper))
+    said = refused(hosts, *COMMON, "--python", str(wrapper), *OFFLINE)
+    assert "launch: jw3: no answer within 10 s" in said and "launch: jw2: no answer" not in said
 
 
 # Faults in the middle of a window
@@ -297,8 +342,6 @@ def ended(job: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
 
 
 FIRST = "worker killed"
-SLOW = pytest.mark.slow
-"""Not of the plain run, which has ten minutes; `.ci/run` has a step for these."""
 FAULTS: dict[str, tuple[Callable[[SshHosts], object], str]] = {
     "worker killed": (lambda h: os.kill(worker(h, "jw3"), signal.SIGKILL), "jw3"),
     "host frozen": (lambda h: h.freeze("jw3"), "jw3"),
@@ -396,6 +439,47 @@ def test_a_launcher_that_is_killed_leaves_no_process_on_any_host(own: SshHosts) 
     for name, rank in (("jw2", 0), ("jw3", 1)):
         (path,) = own.run(name, "sh", "-c", "ls -d results/2*").stdout.split()
         assert own.run(name, "test", "-s", f"{path}/ranks/{rank:05d}/samples.npy").returncode == 0
+
+
+@SLOW
+def test_a_host_whose_agent_is_stopped_is_lost_and_the_result_is_kept(own: SshHosts) -> None:
+    job = started(own, "--duration", "6s")
+    (agent,) = (
+        pid
+        for pid in own.working("jw3")
+        if b"functools.reduce" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )
+    os.kill(agent, signal.SIGSTOP)
+    code, said = ended(job, 60)
+    os.kill(agent, signal.SIGKILL)
+    assert "nothing came from it for 15 s" in said
+    assert code == 1, said
+    assert result(own)[1]["verdict"]["status"] != "INCOMPLETE", "the ranks knew nothing of it"
+
+
+@SLOW
+def test_a_shared_folder_is_collected_through_another_host_when_the_first_is_gone(
+    own: SshHosts, tmp_path: Path
+) -> None:
+    shared = tmp_path / "shared"  # all hosts see the tests' own folder
+    job = own.popen(
+        "jw1",
+        *own.launcher(*COMMON, *OFFLINE, "--duration", "60s", "--output-dir", str(shared)),
+        stdout=-1,
+        stderr=-1,
+        text=True,
+    )
+    end = time.monotonic() + 60
+    while len([*shared.glob("2*/ranks/*/rank.json")]) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(2.5)
+    own.power_cut("jw2")
+    code, said = ended(job, 45)
+    assert code == 6, said
+    _, found = result(own)
+    assert found["verdict"]["status"] == "INCOMPLETE"
+    assert sum(row["samples"] or 0 for row in found["per_rank"]) > 500
 
 
 @SLOW

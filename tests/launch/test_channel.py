@@ -141,9 +141,81 @@ def test_files_are_copied_whole(channel: tuple[Channel, Heard], tmp_path: Path, 
     (tmp_path / name).write_bytes(data)
     made, _ = channel
     assert made.ask("tree", 10, folder=str(tmp_path))["files"] == [[name, len(data)]]
-    digest = made.fetch(str(tmp_path / name), tmp_path.with_suffix(".copy"), 20)
+    digest = made.fetch(str(tmp_path / name), tmp_path.with_suffix(".copy"), len(data), 20)
     assert tmp_path.with_suffix(".copy").read_bytes() == data
     assert digest == hashlib.sha256(data).hexdigest()
+
+
+def test_more_than_the_host_told_of_is_not_taken(
+    channel: tuple[Channel, Heard], tmp_path: Path
+) -> None:
+    (tmp_path / "long").write_bytes(b"x" * (3 * agent.PIECE))
+    made, _ = channel
+    with pytest.raises(Refused, match="more came than the host told of"):
+        made.fetch(str(tmp_path / "long"), tmp_path / "copy", agent.PIECE, 20)
+    assert (tmp_path / "copy").stat().st_size == agent.PIECE
+    assert made.ask("tree", 10, folder=str(tmp_path))["files"], "the channel goes on"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_disk_that_is_full_here_ends_the_copy_at_once(
+    channel: tuple[Channel, Heard], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"x" * (3 * agent.PIECE))
+    made, _ = channel
+    with pytest.raises(Refused, match="cannot be written here: No space left"):
+        made.fetch(str(tmp_path / "file"), Path("/dev/full"), 3 * agent.PIECE, 20)
+    assert made.ask("tree", 10, folder=str(tmp_path))["files"]
+
+
+def fake_python(folder: Path, says: str) -> str:
+    """Make what passes for Python on a host and says something else than the agent would."""
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\nprintf '\\n\\001distbench agent 1\\001\\n{says}'\nexec sleep 60\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("sent", [r"J\377\377\377\377", r"J\0\0\0\003abc", r"J\0\0\0\002{}"])
+def test_what_no_agent_sends_ends_the_channel(shell: Path, tmp_path: Path, sent: str) -> None:
+    begin = time.monotonic()
+    sends = pytest.raises(Lost, match="it sent what no agent sends")
+    with opened(fake_python(tmp_path, sent)) as (made, _), sends:
+        made.ask("facts", 20, folder="~", output="results")
+    assert time.monotonic() - begin < 10
+
+
+def test_an_agent_that_falls_silent_is_lost(
+    shell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agent, "SILENT_S", 1.0)
+    silent = pytest.raises(Lost, match="nothing came from it for 1 s")
+    with opened(fake_python(tmp_path, "")) as (made, _), silent:
+        made.ask("facts", 20, folder="~", output="results")
+
+
+ASKED = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("asked", flush=True), sys.exit(3)))
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+def test_every_command_of_a_channel_is_asked_to_end_before_it_is_killed(
+    channel: tuple[Channel, Heard],
+) -> None:
+    made, heard = channel
+    for _ in range(2):
+        heard.out[b"O"] = b""
+        number = made.start("run", argv=[sys.executable, "-c", ASKED], env={})
+        end = time.monotonic() + 20
+        while b"up" not in heard.out[b"O"]:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        made.ask("stop", 20, grace_s=10)
+        assert made.result(number, 20)["exit"] == 3
+        assert heard.out[b"O"].split() == [b"up", b"asked"]
 
 
 def alive(pid: int) -> bool:
