@@ -264,6 +264,37 @@ def test_a_python_without_torch_is_refused_naming_the_remedy(hosts: SshHosts) ->
     assert f"jw2: {base} has no torch: give --python" in said
 
 
+SMI = """#!/bin/sh
+case "$1" in
+--query-gpu*) printf 'GPU-a, NVIDIA A30\\nGPU-b, NVIDIA A30\\n' ;;
+*) printf '%s' "$USED" ;;
+esac
+"""
+
+
+@SLOW
+def test_gpus_are_counted_and_one_in_use_is_refused(hosts: SshHosts) -> None:
+    """Through a stand-in for nvidia-smi: there is no GPU here."""
+    wrapper = HOME / "python-of-this-host"
+    for name, used in (("jw2", ""), ("jw3", "GPU-b, 123, python")):
+        hosts.run(name, "sh", "-c", f"mkdir -p smi; cat >smi/nvidia-smi <<'END'\n{SMI}END")
+        script = f"USED='{used}' PATH={HOME}/smi:$PATH exec {PYTHON} \"$@\""
+        hosts.run(name, "sh", "-c", f"cat >{wrapper} <<'END'\n#!/bin/sh\n{script}\nEND")
+        hosts.run(name, "chmod", "+x", str(wrapper), "smi/nvidia-smi")
+    python = ("--python", str(wrapper))
+    said = refused(hosts, *COMMON, *python, *OFFLINE)
+    assert "launch: jw3: GPU 1 (NVIDIA A30) is used by python (123): end that" in said
+    assert "jw2: GPU" not in said
+    several = ("--hosts", "jw2:3", "--env", f"PYTHONPATH={REPO}")
+    said = refused(hosts, *several, *python, *OFFLINE)
+    assert "jw2: 3 ranks were asked for and it has 2 GPUs: give jw2:2" in said
+    one = ("--hosts", "jw2", "--env", f"PYTHONPATH={REPO}", "--dry-run")
+    done = hosts.launch(*one, *python, *OFFLINE)
+    assert done.returncode == 0 and "--nproc-per-node 2 " in done.stderr
+    done = hosts.launch(*one, *python, *OFFLINE, "--device", "cpu")
+    assert done.returncode == 0 and "--nproc-per-node 1 " in done.stderr
+
+
 @SLOW
 def test_another_launch_in_the_output_directory_is_refused(hosts: SshHosts) -> None:
     first = hosts.popen(

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from distbench.arrivals import poisson_ns
 from distbench.early_stopping import least_queries, over_allowed
+from distbench.prepare import Cue
+from distbench.samples import SampleLog
 from distbench.search import (
     CONFIRM,
     CONFIRM_STEPS,
@@ -36,13 +38,16 @@ from distbench.search import (
     replay,
     search,
 )
+from distbench.server import COLUMNS, server_loop
 from distbench.stats import least_samples, quantile_interval
+from distbench.sut import Sleep, collector
 
 MS, S = 10**6, 10**9
 MOST_WINDOWS = 3 * (max(DOUBLINGS, HALVINGS) + 1 + 5) + len(CONFIRM_STEPS)
 """Three probes of each rate at most; five halvings of a bracket of 2 bring it below 3 %."""
 
 Answer = Callable[[Step], Outcome]
+Latencies = Callable[[float, int, int], NDArray[np.int64]]
 
 
 def plan(first_qps: float = 100.0, **others: object) -> Plan:
@@ -367,7 +372,7 @@ def test_the_formula_is_the_distribution_of_a_long_simulation(load: float) -> No
         assert share == pytest.approx(wait_below(load, services), abs=4e-3)
 
 
-def queue(seed: int, limit_ns: int) -> Answer:
+def queue(seed: int, limit_ns: int, latencies: Latencies = latencies) -> Answer:
     """Answer as M/D/1 with services of 1 ms; every window has a schedule of its own."""
     number = iter(range(1_000))
 
@@ -405,6 +410,57 @@ def test_the_peak_of_a_queue_is_found(services: int, peak: float) -> None:
         windows.append(len(steps))
     assert good >= 9
     assert max(windows) <= 24
+
+
+class Virtual:
+    """A clock that only moves when somebody sleeps; also what ``distbench.sut`` takes for time."""
+
+    def __init__(self) -> None:
+        self.at = 1_000
+
+    def now(self) -> int:
+        return self.at
+
+    def sleep(self, seconds: float) -> None:
+        self.at += max(1, round(seconds * S))
+
+    def wait(self, until_ns: int) -> None:
+        self.at = max(self.at, until_ns)
+
+
+def sleeping(qps: float, duration_ns: int, seed: int, service_ns: int = MS) -> NDArray[np.int64]:
+    """Return the latencies of the Sleep SUT in the Server loop itself, in virtual time."""
+    clock, due = Virtual(), poisson_ns(qps, duration_ns, 1, seed)
+    log = SampleLog.in_memory(len(due), COLUMNS)
+    log.scheduled[:] = due + clock.at
+    cue = Cue(clock.now, lambda: None, clock.wait, [False])
+    sut, order = Sleep(service_ns, now=clock.now), np.zeros(len(due), np.int64)
+    errors: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("distbench.sut.time", clock)
+        collect = collector(log, {}, errors, clock.now)
+        server_loop(sut, log, order, collect, cue, 1, 0, 10**9)
+    assert errors == []
+    return np.asarray(log.completed - log.scheduled)
+
+
+def test_the_sleep_sut_in_the_loop_is_lindleys_queue() -> None:
+    for seed, qps in enumerate((200.0, 560.0, 900.0)):
+        assert np.array_equal(sleeping(qps, 20 * S, seed), latencies(qps, 20 * S, seed))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_peak_of_a_sleep_sut_is_found() -> None:
+    """As above, by the Server loop over the Sleep SUT itself: in nine of ten seeds at least."""
+    peak, good = 1000 * peak_load(5), 0
+    for seed in range(10):
+        asked = plan(rounded_share(seed), probe_ns=2 * S, duration_ns=600 * S)
+        end, steps, outcomes = run(asked, queue(seed, 5 * MS, sleeping))
+        found = peak_of(steps, outcomes)
+        print(f"seed {seed}: {found / peak:.4f} of the analytic peak, {len(steps)} windows")
+        good += end.confirmed and wait_below(found / 1000, 4) >= 0.99 and found / peak >= 0.95
+    assert good >= 9
 
 
 def rounded_share(seed: int) -> float:
