@@ -124,7 +124,10 @@ def gpus() -> list[dict[str, str]]:
 
 def facts(folder: str, output: str) -> dict[str, Any]:
     """Say what this host is, after changing into the folder in which the command will run."""
-    os.chdir(Path(folder).expanduser())
+    try:
+        os.chdir(Path(folder).expanduser())
+    except OSError as error:
+        raise OSError(f"--dir {folder}: {error.strerror}: name a folder that is there") from error
     where = Path(output).expanduser().absolute()
     where.mkdir(parents=True, exist_ok=True)
     with (where / ".launch.lock").open("a") as probe:

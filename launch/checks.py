@@ -82,7 +82,7 @@ def alike(hosts: Sequence[Host], python: str) -> list[str]:
             if name not in found:
                 problems.append(
                     f"{host.name}: {host.facts['python']} has no {name}: give --python the one of "
-                    f"the environment that has it (now {python!r})"
+                    f"the environment that has it (now {python!r}), or --dir a checkout"
                 )
         if host.facts["free_bytes"] < LEAST_FREE_BYTES:
             problems.append(

@@ -81,7 +81,7 @@ def collect(
     the others' folders are merged into its copy, or make up a result without it.
 
     Args:
-        channels: to the hosts that are still there, None in the place of a lost one.
+        channels: to the hosts; of some of them lost, perhaps.
         hosts: likewise.
         before: names in each output directory before the run.
         to: local folder.

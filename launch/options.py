@@ -80,6 +80,12 @@ def parse(argv: Sequence[str], text: str) -> Options:
     )
     told = made.parse_args(argv[:split])
     command = tuple(argv[split + 1 :])
+    if command and not (command[0] == "-m" or command[0].endswith(".py")):
+        made.error(f"behind -- stands -m MODULE or a script.py, not {command[0]!r}")
+    if {"--repeat", "--swap", "--hosts", "--env"} & set(command):
+        made.error("--repeat, --swap, --hosts and --env go before the --: they are the launcher's")
+    if told.print_env and (command or told.dry_run):
+        made.error("--print-env starts nothing: give neither a command nor --dry-run with it")
     if not command and not told.print_env:
         made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
     words = told.hosts
@@ -105,17 +111,17 @@ def parse(argv: Sequence[str], text: str) -> Options:
             made.error(f"--env takes NAME=VALUE, not {each!r}")
         env[name] = value
     return Options(
-        tuple(hosts),
-        told.python,
-        told.dir,
-        env,
-        told.to,
-        told.master_port,
-        command,
-        told.repeat,
-        told.swap,
-        told.dry_run,
-        told.print_env,
+        hosts=tuple(hosts),
+        python=told.python,
+        folder=told.dir,
+        env=env,
+        to=told.to,
+        master_port=told.master_port,
+        command=command,
+        repeat=told.repeat,
+        swap=told.swap,
+        dry_run=told.dry_run,
+        print_env=told.print_env,
     )
 
 

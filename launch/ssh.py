@@ -40,6 +40,14 @@ from swapped import told_apart
 EXIT_CHECKS, EXIT_INTERRUPTED = 4, 130
 GO_ON = (0, EXIT_STRICT)
 """After these --repeat goes on."""
+MEANING = {
+    1: "something broke, see above",
+    2: "the command cannot be used as asked",
+    EXIT_STRICT: "--strict was given and the run is not VALID; torchrun calls that a failure",
+    6: "the run is INCOMPLETE",
+    EXIT_INTERRUPTED: "interrupted",
+}
+MOST_SENTENCES = 6
 AFTER_S = 25.0
 """The ranks end each other within 20 s; a host that has not ended by then is ended."""
 
@@ -152,7 +160,7 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
     """Check, then run and collect as often as asked; returns the exit status."""
     hosts = looked_at(options, channels)
     if options.print_env:
-        return write_env(channels, hosts, options.master_port)
+        return write_env(options, channels, hosts)
     if not options.dry_run:
         since = f"{datetime.now(timezone.utc):%H:%M:%S} UTC"
         who = f"a launch of {since} from {os.uname().nodename} ({secrets.token_hex(4)})"
@@ -165,12 +173,11 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
         if options.swap and number % 4 in (1, 2):
             order = order[::-1]
         streams.first = order[0]
-        nodes = [
-            replace(hosts[i], shares=bool(n) and hosts[-1].shares) for n, i in enumerate(order)
-        ]
-        if not options.swap:
-            nodes = hosts
-        streams.exit_told = 0
+        nodes = hosts
+        if options.swap:  # of two hosts, the second may share the first one's folder
+            shares = (False, hosts[-1].shares)
+            nodes = [replace(hosts[i], shares=shares[node]) for node, i in enumerate(order)]
+        streams.exit_told, streams.sentences = 0, {}
         status, folders = one_run(options, [channels[i] for i in order], nodes, streams)
         results += folders
         worst = worst or status
@@ -213,10 +220,14 @@ def one_run(
         say(f"{folder.name}: {verified(folder)}")
         for sentence in account(folder):
             say(sentence)
-    if not folders:
-        say("nothing was recorded: what each host said stands above, behind its name")
     status = exit_status(folders, codes, streams.exit_told)
-    return (EXIT_INTERRUPTED if cut else status or int(bool(wrong))), folders
+    status = EXIT_INTERRUPTED if cut else status or int(bool(wrong))
+    if status:
+        for sentence, by in list(streams.sentences.items())[:MOST_SENTENCES]:
+            say(f"{by} said: {sentence}")
+        kept = "" if folders else "; nothing was recorded"
+        say(f"exit status {status}: {MEANING.get(status, 'it broke')}{kept}")
+    return status, folders
 
 
 def bracketed(address: str) -> str:
@@ -224,25 +235,27 @@ def bracketed(address: str) -> str:
     return f"[{address}]" if ":" in address else address
 
 
-def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> int:
+def write_env(options: Options, channels: Sequence[Channel], hosts: Sequence[Host]) -> int:
     """Write what the bare torchrun needs, here and in the folder of each host.
 
     torchrun takes a host for the endpoint's only if its own name resolves to that address, which on
     Debian it does not (127.0.1.1): so each host is told whether it is, and its own address.
     """
-    port, _ = reached(channels, hosts, port)
+    port, _ = reached(channels, hosts, options.master_port)
     every = {
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": f"{bracketed(hosts[0].address)}:{port}",
         "PET_RDZV_ID": f"distbench-{secrets.token_hex(4)}",
         "PET_MAX_RESTARTS": "0",
+        **options.env,
     }
     text = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in every.items())
     text += 'case "$(uname -n)" in\n'
     for node, host in enumerate(hosts):
         conf = f"is_host={'false' if node else 'true'}"
         name, address = shlex.quote(host.facts["host"]), shlex.quote(host.address)
-        text += f"{name}) export PET_RDZV_CONF={conf} PET_LOCAL_ADDR={address} ;;\n"
+        text += f"{name}) export PET_RDZV_CONF={conf} PET_LOCAL_ADDR={address}"
+        text += f" PET_NPROC_PER_NODE={host.processes} ;;\n"
     text += "esac\n"
     Path(ENV_FILE).write_text(text, encoding="utf-8")
     told, wrong = at_once(channels, lambda each: each.ask("write", ASK_S, name=ENV_FILE, text=text))
@@ -251,7 +264,10 @@ def write_env(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> 
             say(f"{host.name}: {found['path']}")
     for sentence in wrong:
         say(sentence)
-    say(f"on each host: . ./{ENV_FILE}; torchrun --nnodes {len(hosts)} -m distbench.offline")
+    say(
+        f"on each host: . ./{ENV_FILE}; torchrun --nnodes {len(hosts)} -m distbench.offline "
+        f"(torchrun is {hosts[0].facts['python']} -m torch.distributed.run)"
+    )
     return int(bool(wrong))
 
 
@@ -269,7 +285,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, interrupted)
     streams = Streams(options.hosts)
     try:
-        options.to.mkdir(parents=True, exist_ok=True)
+        try:
+            options.to.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Unfit(f"--to {options.to}: {error.strerror}: name another folder") from error
         with connected(options, streams) as channels:
             return launch(options, channels, streams)
     except Unfit as problems:

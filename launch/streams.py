@@ -11,6 +11,9 @@ from collections.abc import Sequence
 
 from checks import Host
 
+OWN = re.compile(rb"^distbench: (?!rank \d+ completed)(.+)|(No module named .+)")
+"""Not its lines of progress."""
+
 
 class Streams:
     """Puts the hosts' lines where they belong, whole lines only.
@@ -18,11 +21,14 @@ class Streams:
     Attributes:
         first: whose stdout is shown as it is: the place of the host that has rank 0.
         exit_told: the first exit status of a rank that torchrun told of; 0 for none.
+        sentences: distbench's own, and what Python says of a module that is not there, each once,
+            behind the host that said it first: torchrun repeats them among its traces.
     """
 
     def __init__(self, hosts: Sequence[Host]) -> None:
         self.first = 0
         self.exit_told = 0
+        self.sentences: dict[str, str] = {}
         self._hosts = [host.name for host in hosts]
         self._lock = threading.Lock()
         self._rest: dict[tuple[int, bytes], bytes] = {}
@@ -54,6 +60,10 @@ class Streams:
         found = re.fullmatch(rb"\s*exitcode\s*:\s*(\d+) \(pid: \d+\)\s*", line)
         if found and not self.exit_told:
             self.exit_told = int(found.group(1))
+        said = OWN.search(line)
+        if said:
+            text = (said.group(1) or said.group(2)).decode("utf-8", "replace").strip()
+            self.sentences.setdefault(text, self._hosts[place])
         with contextlib.suppress(OSError):
             sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
             sys.stderr.buffer.flush()

@@ -173,8 +173,30 @@ def test_swapped_runs_tell_a_slow_host_from_a_slow_role(hosts: SshHosts, place: 
             clean(hosts, name)
 
 
+@SLOW
+def test_the_last_lines_say_what_was_wrong_and_what_the_exit_status_means(hosts: SshHosts) -> None:
+    def launched(*command: str) -> tuple[int, list[str]]:
+        done = hosts.launch(*COMMON, "--", *command)
+        lines = [each for each in done.stderr.splitlines() if each.startswith("launch: ")]
+        return done.returncode, lines[2:]
+
+    code, lines = launched("-m", "distbench.offline", "--duratoin", "5s")
+    assert code == 2
+    assert any("said: " in each and "did you mean --duration?" in each for each in lines), lines
+    assert lines[-1] == (
+        "launch: exit status 2: the command cannot be used as asked; nothing was recorded"
+    )
+    code, lines = launched("-m", "distbench.ofline")
+    assert code == 1 and any("No module named" in each for each in lines), lines
+    late = ("--duration", "300ms", "--model", "sleep,per_sample=100ms", "--batch-size", "1")
+    code, lines = launched("-m", "distbench.offline", *late, "--latency", "1")
+    assert code == 2, lines
+    for name in hosts.names:
+        clean(hosts, name)
+
+
 def test_the_bare_command_works_with_the_printed_environment(hosts: SshHosts) -> None:
-    done = hosts.launch(*COMMON, "--print-env")
+    done = hosts.launch("--hosts", "jw2:2,jw3", *COMMON[2:], "--print-env")
     assert done.returncode == 0, done.stderr
     assert "torchrun --nnodes 2 -m distbench.offline" in done.stderr
     torchrun = Path(PYTHON).parent / "torchrun"
@@ -192,7 +214,7 @@ def test_the_bare_command_works_with_the_printed_environment(hosts: SshHosts) ->
             job.kill()
     assert [job.returncode for job in jobs] == [0, 0], told
     assert sum(out.count("MEASUREMENT") for out, _ in told) == 1
-    assert sum("2 ranks on 2 hosts" in out for out, _ in told) == 1
+    assert sum("3 ranks on 2 hosts" in out for out, _ in told) == 1
     for name in ("jw2", "jw3"):
         clean(hosts, name)
 

@@ -42,6 +42,9 @@ def test_a_hostfile_is_the_same(tmp_path: Path) -> None:
         (["--hosts", "jw2", "--repeat", "0", *RUN], "at least one run"),
         (["--hostfile", "/nowhere/hosts", *RUN], "No such file"),
         ([*RUN], "--hosts --hostfile is required"),
+        (["--hosts", "jw2", "--", "distbench.offline"], "not 'distbench.offline'"),
+        (["--hosts", "jw2", *RUN, "--repeat", "2"], "before the --"),
+        (["--hosts", "jw2", "--print-env", *RUN], "--print-env starts nothing"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_sentence(
