@@ -17,7 +17,6 @@ from channel import Channel, Lost, Refused
 FACTS_S = 10.0
 """For connecting and the first answer; ssh itself gives up connecting after 8 s. With one slow step
 all checks end within the 15 s that are promised."""
-LIMIT_S = 15.0
 ASK_S = 8.0
 """For one request that only looks; with ssh's own limit for connecting."""
 REACH_S = 4.0

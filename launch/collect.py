@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from channel import Channel, Lost, Refused
-from checks import LIMIT_S, Host
+from checks import ASK_S, Host
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FETCH_S = 600.0
@@ -30,7 +30,7 @@ EXIT_OK, EXIT_CRASH, EXIT_STRICT, EXIT_INCOMPLETE = 0, 1, 3, 6
 
 def names(channel: Channel, output: str) -> set[str]:
     """Return the runs in a host's output directory."""
-    found = channel.ask("entries", LIMIT_S, output=output)["names"]
+    found = channel.ask("entries", ASK_S, output=output)["names"]
     return {name for name in found if RUN.fullmatch(name)}
 
 
@@ -84,14 +84,14 @@ def collect(
         channels: to the hosts; of some of them lost, perhaps.
         hosts: likewise.
         before: names in each output directory before the run.
-        to: local folder.
+        to: local folder; it is there.
 
     Returns:
         The local result directories, and what could not be brought here.
     """
     copies: dict[str, list[Path]] = {}
     wrong = []
-    spare = Path(tempfile.mkdtemp(prefix=".launch-", dir=_made(to)))
+    spare = Path(tempfile.mkdtemp(prefix=".launch-", dir=to))
     try:
         for place, (channel, host, known) in enumerate(zip(channels, hosts, before, strict=True)):
             if channel.lost:
@@ -114,11 +114,6 @@ def collect(
     finally:
         shutil.rmtree(spare, ignore_errors=True)
     return [to / name for name in copies], wrong
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _whole(folder: Path) -> bool:

@@ -46,14 +46,8 @@ class Options:
     print_env: bool
 
 
-def parse(argv: Sequence[str], text: str) -> Options:
-    """Read the command line; ends the program with a sentence where it cannot be used.
-
-    Args:
-        argv: without the program's name.
-        text: shown by --help.
-    """
-    split = argv.index("--") if "--" in argv else len(argv)
+def parser(text: str) -> argparse.ArgumentParser:
+    """Return the parser of what stands before the ``--``; its --help shows ``text``."""
     made = argparse.ArgumentParser(
         prog="launch/ssh.py",
         usage="%(prog)s --hosts HOST[:GPUS],... [options] -- -m distbench.SCENARIO [its options]",
@@ -78,6 +72,18 @@ def parse(argv: Sequence[str], text: str) -> Options:
     made.add_argument(
         "--print-env", action="store_true", help=f"write {ENV_FILE} here and on each host"
     )
+    return made
+
+
+def parse(argv: Sequence[str], text: str) -> Options:
+    """Read the command line; ends the program with a sentence where it cannot be used.
+
+    Args:
+        argv: without the program's name.
+        text: shown by --help.
+    """
+    split = argv.index("--") if "--" in argv else len(argv)
+    made = parser(text)
     told = made.parse_args(argv[:split])
     command = tuple(argv[split + 1 :])
     if command and not (command[0] == "-m" or command[0].endswith(".py")):
@@ -88,33 +94,16 @@ def parse(argv: Sequence[str], text: str) -> Options:
         made.error("--print-env starts nothing: give neither a command nor --dry-run with it")
     if not command and not told.print_env:
         made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
-    words = told.hosts
-    if words is None:
-        try:
-            lines = Path(told.hostfile).read_text(encoding="utf-8").splitlines()
-        except OSError as error:
-            made.error(f"--hostfile {told.hostfile}: {error.strerror}")
-        words = ",".join(word for line in lines for word in line.partition("#")[0].split())
-    hosts = [one_host(made, word) for word in words.split(",") if word]
-    if not hosts:
-        made.error("no host was named")
-    if len({host.name for host in hosts}) < len(hosts):
-        made.error("a host is named twice")
+    hosts = read_hosts(made, told.hosts, told.hostfile)
     if told.repeat < 1:
         made.error(f"--repeat {told.repeat}: at least one run")
     if told.swap and (len(hosts) != 2 or told.repeat % 4):
         made.error("--swap takes two hosts and --repeat 4, 8, 12, ...: each order as often")
-    env = {}
-    for each in told.env:
-        name, equals, value = each.partition("=")
-        if not equals or not VARIABLE.fullmatch(name):
-            made.error(f"--env takes NAME=VALUE, not {each!r}")
-        env[name] = value
     return Options(
-        hosts=tuple(hosts),
+        hosts=hosts,
         python=told.python,
         folder=told.dir,
-        env=env,
+        env=read_env(made, told.env),
         to=told.to,
         master_port=told.master_port,
         command=command,
@@ -123,6 +112,35 @@ def parse(argv: Sequence[str], text: str) -> Options:
         dry_run=told.dry_run,
         print_env=told.print_env,
     )
+
+
+def read_hosts(
+    made: argparse.ArgumentParser, words: str | None, path: str | None
+) -> tuple[Host, ...]:
+    """Read --hosts, or the file that --hostfile names."""
+    if words is None:
+        try:
+            lines = Path(str(path)).read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            made.error(f"--hostfile {path}: {error.strerror}")
+        words = ",".join(word for line in lines for word in line.partition("#")[0].split())
+    hosts = tuple(one_host(made, word) for word in words.split(",") if word)
+    if not hosts:
+        made.error("no host was named")
+    if len({host.name for host in hosts}) < len(hosts):
+        made.error("a host is named twice")
+    return hosts
+
+
+def read_env(made: argparse.ArgumentParser, given: Sequence[str]) -> dict[str, str]:
+    """Read every --env."""
+    env = {}
+    for each in given:
+        name, equals, value = each.partition("=")
+        if not equals or not VARIABLE.fullmatch(name):
+            made.error(f"--env takes NAME=VALUE, not {each!r}")
+        env[name] = value
+    return env
 
 
 def one_host(made: argparse.ArgumentParser, word: str) -> Host:
