@@ -1,14 +1,16 @@
 """What the launcher runs on each host: its life hangs on the ssh channel that it reads.
 
-``channel.py`` sends this file's text over ssh, to a Python that needs nothing but its standard
-library; it is never installed and no argument of the user ever passes a shell. Both sides talk in
-frames: a letter, the length in 4 bytes, the payload.
+``channel.py`` sends this file's text and those of ``onhost.py`` and ``install.py`` over ssh, to a
+Python that needs nothing but its standard library; none is ever installed and no argument of the
+user ever passes a shell. Both sides talk in frames: a letter, the length in 4 bytes, the payload.
 
     to the agent     J  a request, JSON: {"id": n, "do": name, ...}     P  nothing, once a second
+                     F  a piece of a file that a "put" told of: its id in 4 bytes, then the bytes
     from the agent   J  an answer, JSON: {"id": n, ...} or {"id": n, "error": text}
                      P  nothing, for each P that came
                      O  what the command wrote to stdout      E  likewise to stderr
-                     F  a piece of a file: the id in 4 bytes, then the bytes
+                     F  a piece of a file that was asked for, likewise
+                     A  the id in 4 bytes: a piece has been written
 
 The channel's end, or ``SILENT_S`` seconds in which nothing comes (a cut cable sends no end), ends
 the command and every process that descends from it: SIGTERM, ``GRACE_S`` later SIGKILL. Orphans
@@ -19,18 +21,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
-import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
-import re
 import select
-import shutil
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -40,12 +34,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import install
+import onhost
+
 MARK = b"\n\x01distbench agent 1\x01\n"
 """Before the first frame, so that what a login shell prints is told from it."""
 SILENT_S, GRACE_S = 15.0, 12.0
 KILL_S = 10.0
 """A process that a kernel call holds (a dead disk) is left to the kernel after so long."""
-PIECE = 1 << 18
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 HEAD = struct.Struct(">cI")
 TETHERED = f"""
@@ -61,9 +57,8 @@ writing, starting = threading.Lock(), threading.Lock()
 command: list[subprocess.Popen[bytes]] = []
 """The one that was started last; None is started once ``closing`` has something in it."""
 closing: list[bool] = []
-held: list[Any] = []
-"""Locks that live as long as this process."""
-doors: list[socket.socket] = []
+incoming: dict[int, onhost.Incoming] = {}
+"""Files on their way, by request."""
 
 
 def prctl(option: int, value: int) -> None:
@@ -82,179 +77,6 @@ def send(kind: bytes, payload: bytes) -> None:
 def answer(number: int, what: dict[str, Any]) -> None:
     """Write a request's answer."""
     send(b"J", json.dumps({"id": number, **what}).encode())
-
-
-# -- the host ------------------------------------------------------------------------------------
-
-
-def versions() -> dict[str, str]:
-    """Return versions of what a run needs, without importing any of it."""
-    found = {"python": platform.python_version()}
-    for name in ("torch", "numpy"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    spec = importlib.util.find_spec("distbench")
-    if spec is not None and spec.origin:
-        text = Path(spec.origin).read_text(encoding="utf-8")
-        match = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
-        found["distbench"] = match.group(1) if match else "unknown"
-    return found
-
-
-def gpus() -> list[dict[str, str]]:
-    """Return the GPUs that nvidia-smi tells of, with the processes on each; none without it."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    told = []
-    for query in ("--query-gpu=uuid,name", "--query-compute-apps=gpu_uuid,pid,process_name"):
-        argv = [tool, query, "--format=csv,noheader"]
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=10, check=False)
-        told.append([line.split(", ") for line in done.stdout.splitlines() if ", " in line])
-    cards, used = told
-    return [
-        {
-            "uuid": card[0],
-            "name": card[1],
-            "used_by": ", ".join(f"{row[2]} ({row[1]})" for row in used if row[0] == card[0]),
-        }
-        for card in cards
-    ]
-
-
-def facts(folder: str, output: str) -> dict[str, Any]:
-    """Say what this host is, after changing into the folder in which the command will run."""
-    try:
-        os.chdir(Path(folder).expanduser())
-    except OSError as error:
-        raise OSError(f"--dir {folder}: {error.strerror}: name a folder that is there") from error
-    where = Path(output).expanduser().absolute()
-    where.mkdir(parents=True, exist_ok=True)
-    with (where / ".launch.lock").open("a") as probe:
-        probe.flush()
-    return {
-        "host": socket.gethostname(),
-        # By what address this host was reached: no name has to be resolved, and the launcher's
-        # way there is the one that is known to work.
-        "address": os.environ.get("SSH_CONNECTION", "").split(" ")[2:3],
-        "python": sys.executable,
-        "folder": str(Path.cwd()),
-        "versions": versions(),
-        "gpus": gpus(),
-        "output": str(where),
-        "free_bytes": shutil.disk_usage(where).free,
-        "processors": len(os.sched_getaffinity(0)),
-    }
-
-
-def lock(output: str, who: str) -> dict[str, Any]:
-    """Hold the output directory for this launch; says who holds it where that fails."""
-    file = (Path(output) / ".launch.lock").open("r+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return {"held_by": file.read().strip() or "another launch"}
-    file.truncate(0)
-    file.write(who)
-    file.flush()
-    held.append(file)
-    return {"held_by": ""}
-
-
-def listen(token: str, port: int) -> dict[str, Any]:
-    """Listen on a port, 0 for a free one, and send the token to whoever connects."""
-    if socket.has_dualstack_ipv6():
-        door = socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True)
-    else:
-        door = socket.create_server(("", port))
-    doors.append(door)
-
-    def serve() -> None:
-        with contextlib.suppress(OSError):
-            while True:
-                peer, _ = door.accept()
-                with peer, contextlib.suppress(OSError):
-                    peer.sendall(token.encode())
-
-    threading.Thread(target=serve, daemon=True).start()
-    return {"port": door.getsockname()[1]}
-
-
-def reach(address: str, port: int, token: str, within_s: float) -> dict[str, Any]:
-    """Connect to another host's listener."""
-    with socket.create_connection((address, port), within_s) as link:
-        said = b""
-        while piece := link.recv(256):
-            said += piece
-    if said.decode("ascii", "replace") != token:
-        raise OSError("something else listens there")
-    return {}
-
-
-def hush() -> dict[str, Any]:
-    """Close the listeners: the command will listen there."""
-    while doors:
-        door = doors.pop()
-        with contextlib.suppress(OSError):
-            door.shutdown(socket.SHUT_RDWR)  # close alone does not end an accept
-        door.close()
-    return {}
-
-
-# -- files ---------------------------------------------------------------------------------------
-
-
-def entries(output: str) -> dict[str, Any]:
-    """Return the names in the output directory."""
-    return {"names": sorted(path.name for path in Path(output).iterdir() if path.is_dir())}
-
-
-def mark(output: str, name: str) -> dict[str, Any]:
-    """Leave an empty file in the output directory, by which others see that they share it."""
-    (Path(output) / name).touch()
-    return {}
-
-
-def marked(output: str, names: list[str]) -> dict[str, Any]:
-    """Return which of these files are in the output directory."""
-    return {"names": [name for name in names if (Path(output) / name).exists()]}
-
-
-def write(name: str, text: str) -> dict[str, Any]:
-    """Write a small file into the folder in which the command runs; it appears whole."""
-    part = Path(f".{name}.part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(name)
-    return {"path": str(Path(name).absolute())}
-
-
-def unmark(output: str, name: str) -> dict[str, Any]:
-    """Take the file away again."""
-    (Path(output) / name).unlink(missing_ok=True)
-    return {}
-
-
-def tree(folder: str) -> dict[str, Any]:
-    """Return the plain files below a folder: path, size in bytes."""
-    top = Path(folder)
-    files = [path for path in sorted(top.rglob("*")) if path.is_file() and not path.is_symlink()]
-    return {"files": [[str(path.relative_to(top)), path.stat().st_size] for path in files]}
-
-
-def read(number: int, path: str) -> dict[str, Any]:
-    """Send a file in pieces; returns its SHA-256 as it was read."""
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-            send(b"F", struct.pack(">I", number) + piece)
-    return {"sha256": digest.hexdigest()}
-
-
-# -- the command ---------------------------------------------------------------------------------
 
 
 def run(argv: list[str], env: dict[str, str]) -> dict[str, Any]:
@@ -324,32 +146,69 @@ def clear(grace_s: float) -> int:
     return len(killed)
 
 
-# -- requests ------------------------------------------------------------------------------------
-
-
 def handle(asked: dict[str, Any]) -> None:
     """Do what a request asks for and answer it."""
     number, name = asked.pop("id"), asked.pop("do")
+    pack = struct.Struct(">I").pack
     actions: dict[str, Callable[..., dict[str, Any]]] = {
-        "facts": facts,
-        "lock": lock,
-        "listen": listen,
-        "reach": reach,
-        "hush": hush,
-        "entries": entries,
-        "mark": mark,
-        "marked": marked,
-        "unmark": unmark,
-        "write": write,
-        "tree": tree,
-        "read": lambda path: read(number, path),
+        "facts": onhost.facts,
+        "lock": onhost.lock,
+        "listen": onhost.listen,
+        "reach": onhost.reach,
+        "hush": onhost.hush,
+        "entries": onhost.entries,
+        "mark": onhost.mark,
+        "marked": onhost.marked,
+        "unmark": onhost.unmark,
+        "write": onhost.write,
+        "tree": onhost.tree,
+        "read": lambda path: onhost.read(path, lambda piece: send(b"F", pack(number) + piece)),
+        "lacking": install.lacking,
+        "make": install.make,
         "run": run,
         "stop": lambda grace_s: {"killed": clear(grace_s)},
     }
     try:
         answer(number, actions[name](**asked))
     except Exception as error:
-        answer(number, {"error": f"{type(error).__name__}: {error}"})
+        answer(number, failed(error))
+
+
+def take(payload: bytes) -> None:
+    """Write a piece of a file; its request is answered after the last one, or where it fails.
+
+    On the thread that reads the channel, so that nobody sends faster than the disk takes it. A
+    launcher that has gone is no error here: the channel's end is what says so.
+    """
+    number = int.from_bytes(payload[:4], "big")
+    file = incoming.get(number)
+    if file is None:
+        return  # it failed before
+    told: dict[str, Any] | None = None
+    try:
+        told = {} if file.take(payload[4:]) else None
+    except OSError as error:
+        told = failed(error)
+    with contextlib.suppress(OSError):
+        if told is None:
+            send(b"A", payload[:4])
+        else:
+            del incoming[number]
+            answer(number, told)
+
+
+def put(number: int, path: str, size: int, sha256: str) -> None:
+    """Begin to take a file."""
+    try:
+        incoming[number] = onhost.Incoming(path, size, sha256)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            answer(number, failed(error))
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """Return the answer to a request that failed."""
+    return {"error": f"{type(error).__name__}: {error}"}
 
 
 def exactly(count: int) -> bytes:
@@ -369,7 +228,21 @@ def main() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPIPE):
         signal.signal(number, lambda *_: None)  # unlike SIG_IGN this is not handed on by exec
-    os.write(1, MARK)
+    try:
+        os.write(1, MARK)
+        serve()
+    finally:
+        with starting:
+            closing.append(True)
+        for file in incoming.values():
+            with contextlib.suppress(OSError):
+                file.drop()
+        clear(GRACE_S)
+        os._exit(0)
+
+
+def serve() -> None:
+    """Take frames until none comes."""
     while len(head := exactly(HEAD.size)) == HEAD.size:
         kind, length = HEAD.unpack(head)
         payload = exactly(length)
@@ -377,13 +250,11 @@ def main() -> None:
             break
         if kind == b"P":
             threading.Thread(target=send, args=(b"P", b""), daemon=True).start()
+        elif kind == b"F":
+            take(payload)
         elif kind == b"J":
-            threading.Thread(target=handle, args=(json.loads(payload),), daemon=True).start()
-    with starting:
-        closing.append(True)
-    clear(GRACE_S)
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main()
+            asked = json.loads(payload)
+            if asked["do"] == "put":  # on this thread: its pieces come next
+                put(asked["id"], asked["path"], asked["size"], asked["sha256"])
+            else:
+                threading.Thread(target=handle, args=(asked,), daemon=True).start()

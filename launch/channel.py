@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import agent
+import install
+import onhost
 
 SSH_OPTIONS = {
     "BatchMode": "yes",
@@ -39,9 +41,21 @@ BOOT = (
     'exec(functools.reduce(lambda s,_:s+os.read(0,n-len(s)) if len(s)<n else s,range(n),b""))'
 )
 """Runs the agent's text, whose length comes first; without quotes or marks that a shell reads."""
+LOAD = """
+import sys, types
+for name, text in MODULES:
+    module = types.ModuleType(name)
+    sys.modules[name] = module
+    exec(compile(text, name + ".py", "exec"), module.__dict__)
+sys.modules["agent"].main()
+"""
+"""Makes modules of the texts; none is written to the host's disk."""
 NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.@-]*[A-Za-z0-9_])?")
 """Of a host, or an alias out of ssh_config, perhaps with USER@; never an option."""
 PING_S = 1.0
+PIECE = 1 << 18
+MOST_AHEAD = 16
+"""Pieces of a file that were sent and not acknowledged; pings must not wait behind more."""
 MOST_BYTES = 64 << 20
 """Of a frame; the agent's longest, a list of a result's files, is far below it."""
 CLOSE_S = 2.0
@@ -54,6 +68,15 @@ class Lost(Exception):
 
 class Refused(Exception):
     """The agent could not do what it was asked; the text is its error."""
+
+
+def agent_text() -> bytes:
+    """Return the program that runs on the host: the agent and the modules that it imports."""
+    modules = [
+        (each.__name__, Path(str(each.__file__)).read_text(encoding="utf-8"))
+        for each in (onhost, install, agent)
+    ]
+    return f"MODULES = {modules!r}\n{LOAD}".encode()
 
 
 def remote_line(python: str) -> str:
@@ -95,6 +118,7 @@ class Channel:
         self._changed = threading.Condition()
         self._answers: dict[int, dict[str, Any]] = {}
         self._files: dict[int, tuple[BinaryIO, int]] = {}
+        self._taken: dict[int, int] = {}
         self._number = 0
         self._said: list[str] = []
         self._ran = False
@@ -106,7 +130,7 @@ class Channel:
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C at the terminal is for the launcher alone
         )
-        text = Path(agent.__file__).read_bytes()
+        text = agent_text()
         self._threads = [
             threading.Thread(target=target, daemon=True)
             for target in (self._listen, self._hear_errors, self._ping)
@@ -142,7 +166,7 @@ class Channel:
     def result(self, number: int, timeout_s: float) -> dict[str, Any]:
         """Return the answer to a request; raises as ``ask`` does."""
         with self._changed:
-            self._changed.wait_for(lambda: number in self._answers or self.lost, timeout_s)
+            self._changed.wait_for(lambda: self._answered(number), timeout_s)
             found = self._answers.pop(number, None)
         if found is None:
             raise Lost(self.lost or f"{self.host}: no answer within {timeout_s:g} s")
@@ -176,6 +200,41 @@ class Channel:
                 with self._changed:
                     self._files.pop(number)
 
+    def put(self, source: Path, target: str, sha256: str, timeout_s: float) -> None:
+        """Copy a file to the host, where it appears whole or not at all.
+
+        Args:
+            source: here.
+            target: there; a leading ``~`` is that host's home. Folders are made.
+            sha256: of the file.
+            timeout_s: without a piece that was taken.
+
+        Raises:
+            Lost: the channel ended meanwhile, or the host took nothing for so long.
+            Refused: the host cannot write it, or it changed on its way.
+            OSError: it cannot be read here.
+        """
+        with source.open("rb") as file:
+            size = source.stat().st_size
+            number = self.start("put", path=target, size=size, sha256=sha256)
+            sent, piece = 0, file.read(PIECE)
+            while True:
+                payload = struct.pack(">I", number) + piece
+                with contextlib.suppress(OSError):  # then the channel is lost, as is told below
+                    self._write(agent.HEAD.pack(b"F", len(payload)) + payload)
+                sent, piece = sent + 1, file.read(PIECE)
+                if not piece:
+                    break
+                if not self._wait_taken(number, sent - MOST_AHEAD, timeout_s):
+                    raise Lost(f"{self.host}: it took nothing of {source} for {timeout_s:g} s")
+                if self._answered(number):
+                    break
+        try:
+            self.result(number, timeout_s)
+        finally:
+            with self._changed:
+                self._taken.pop(number, None)
+
     def give_up(self, why: str) -> None:
         """Let every request that waits end with ``Lost``."""
         with self._changed:
@@ -194,6 +253,16 @@ class Channel:
             self._ssh.wait()
         for thread in self._threads:
             thread.join(5)
+
+    def _answered(self, number: int) -> bool:
+        return number in self._answers or bool(self.lost)
+
+    def _wait_taken(self, number: int, pieces: int, timeout_s: float) -> bool:
+        def enough() -> bool:
+            return self._answered(number) or self._taken.get(number, 0) >= pieces
+
+        with self._changed:
+            return self._changed.wait_for(enough, timeout_s)
 
     def _request(self, number: int, do: str, what: dict[str, Any]) -> None:
         payload = json.dumps({"id": number, "do": do, **what}).encode()
@@ -274,6 +343,11 @@ class Channel:
             with self._changed:
                 # The first answer counts: that of a copy which failed here stays.
                 self._answers.setdefault(int(found.pop("id")), found)
+                self._changed.notify_all()
+        elif kind == b"A":
+            (number,) = struct.unpack(">I", payload)
+            with self._changed:
+                self._taken[number] = self._taken.get(number, 0) + 1
                 self._changed.notify_all()
         elif kind in (b"O", b"E"):
             self._on_output(kind, payload)

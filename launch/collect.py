@@ -53,7 +53,7 @@ def copy(channel: Channel, source: str, target: Path) -> None:
                 raise Refused(f"{channel.host}: {name!r} lies outside {source}")
             path.parent.mkdir(parents=True, exist_ok=True)
             told = channel.fetch(f"{source}/{name}", path, size, FETCH_S)
-            if told != _sha256(path) or path.stat().st_size != size:
+            if told != sha256(path) or path.stat().st_size != size:
                 raise Refused(f"{channel.host}: {source}/{name} changed while it was copied")
         part.chmod(0o755)
         part.rename(target)
@@ -61,7 +61,8 @@ def copy(channel: Channel, source: str, target: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Return a file's SHA-256, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 20):

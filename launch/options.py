@@ -31,6 +31,9 @@ class Options:
         swap: whether two hosts exchange their ranks between runs, in the order ABBA.
         dry_run: only show what would be started.
         print_env: only write ``distbench.env``.
+        deploy: first make an environment on every host, and use it.
+        wheelhouse: local folder of wheels for it, or None.
+        no_index: nothing but these wheels is taken.
     """
 
     hosts: tuple[Host, ...]
@@ -44,6 +47,9 @@ class Options:
     swap: bool
     dry_run: bool
     print_env: bool
+    deploy: bool = False
+    wheelhouse: Path | None = None
+    no_index: bool = False
 
 
 def parser(text: str) -> argparse.ArgumentParser:
@@ -72,6 +78,13 @@ def parser(text: str) -> argparse.ArgumentParser:
     made.add_argument(
         "--print-env", action="store_true", help=f"write {ENV_FILE} here and on each host"
     )
+    made.add_argument(
+        "--deploy",
+        action="store_true",
+        help="make an environment with this clone on every host, and use it",
+    )
+    made.add_argument("--wheelhouse", type=Path, metavar="DIR", help="wheels to send for it")
+    made.add_argument("--no-index", action="store_true", help="take nothing but these wheels")
     return made
 
 
@@ -92,7 +105,8 @@ def parse(argv: Sequence[str], text: str) -> Options:
         made.error("--repeat, --swap, --hosts and --env go before the --: they are the launcher's")
     if told.print_env and (command or told.dry_run):
         made.error("--print-env starts nothing: give neither a command nor --dry-run with it")
-    if not command and not told.print_env:
+    check_deploy(made, told)
+    if not command and not told.print_env and not told.deploy:
         made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
     hosts = read_hosts(made, told.hosts, told.hostfile)
     if told.repeat < 1:
@@ -111,7 +125,22 @@ def parse(argv: Sequence[str], text: str) -> Options:
         swap=told.swap,
         dry_run=told.dry_run,
         print_env=told.print_env,
+        deploy=told.deploy,
+        wheelhouse=told.wheelhouse,
+        no_index=told.no_index,
     )
+
+
+def check_deploy(made: argparse.ArgumentParser, told: argparse.Namespace) -> None:
+    """Refuse what does not go together."""
+    if (told.wheelhouse or told.no_index) and not told.deploy:
+        made.error("--wheelhouse and --no-index are for --deploy: give that as well")
+    if told.no_index and not told.wheelhouse:
+        made.error("--no-index takes nothing but wheels that are sent: give --wheelhouse DIR")
+    if told.wheelhouse and not told.wheelhouse.is_dir():
+        made.error(f"--wheelhouse {told.wheelhouse}: no such folder")
+    if told.deploy and told.dry_run:
+        made.error("--deploy writes to the hosts: without --dry-run")
 
 
 def read_hosts(

@@ -4,6 +4,7 @@
     launch/ssh.py --hosts jw2,jw3 -- -m distbench.offline --duration 5s
     launch/ssh.py --hosts jw2:2,jw3:2 --python '~/distbench/.venv/bin/python' -- -m distbench.server
     launch/ssh.py --hosts jw2,jw3 --repeat 8 --swap -- -m distbench.offline
+    launch/ssh.py --hosts jw2,jw3 --deploy -- -m distbench.offline
     launch/ssh.py --hosts jw2,jw3 --print-env
 
 Needs OpenSSH and Python's standard library: a clone of the repository is enough (numpy as well, to
@@ -33,6 +34,7 @@ from pathlib import Path
 from channel import Channel, Lost, Refused
 from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, sharing
 from collect import EXIT_STRICT, account, collect, exit_status, names, verified
+from deploy import deploy
 from options import ENV_FILE, Options, given, parse
 from streams import Streams, say
 from swapped import told_apart
@@ -75,9 +77,10 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
         Unfit: there are problems.
     """
     output = given(options.command, "output-dir", "results")
+    make = not (options.dry_run or options.print_env)
     told, wrong = at_once(
         channels,
-        lambda each: each.ask("facts", FACTS_S, folder=options.folder, output=output),
+        lambda each: each.ask("facts", FACTS_S, folder=options.folder, output=output, make=make),
     )
     if wrong:
         raise Unfit(*wrong)
@@ -92,6 +95,8 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
     _, unreached = reached(channels, hosts, options.master_port)
     if problems + unreached:
         raise Unfit(*problems, *unreached)
+    if not make:
+        return hosts
     shares = sharing(channels, hosts)
     return [replace(host, shares=each) for host, each in zip(hosts, shares, strict=True)]
 
@@ -289,6 +294,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             options.to.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Unfit(f"--to {options.to}: {error.strerror}: name another folder") from error
+        if options.deploy:
+            with connected(options, streams) as channels:
+                python, wrong = deploy(
+                    channels, options.python, options.wheelhouse, options.no_index
+                )
+            if wrong:
+                raise Unfit(*wrong)
+            say(f"from now on without --deploy: --python '{python}'")
+            options = replace(options, python=python)
+        if not options.command and not options.print_env:
+            return 0
         with connected(options, streams) as channels:
             return launch(options, channels, streams)
     except Unfit as problems:

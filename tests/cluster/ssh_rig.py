@@ -72,7 +72,7 @@ class SshHosts:
 
     def launcher(self, *arguments: str) -> list[str]:
         """Return the argv of the launcher, for jw1: the Python there has numpy and no torch."""
-        return [_base_python(), str(REPO / "launch/ssh.py"), "--python", PYTHON, *arguments]
+        return [base_python(), str(REPO / "launch/ssh.py"), "--python", PYTHON, *arguments]
 
     def launch(self, *arguments: str, timeout: float = 100) -> subprocess.CompletedProcess[str]:
         """Run the launcher on jw1."""
@@ -106,7 +106,8 @@ class SshHosts:
         return {**kept, "HOME": str(HOME), "PYTHONPATH": str(self.folder / "jw1-site"), **more}
 
 
-def _base_python() -> str:
+def base_python() -> str:
+    """Return a Python that has the standard library alone."""
     return str(Path(sys.base_prefix) / "bin" / f"python3.{sys.version_info.minor}")
 
 
@@ -167,7 +168,7 @@ def _home(made: SshHosts, name: str) -> None:
     kept = {path for path in kept if path.is_relative_to(HOME)}
     for i, path in enumerate(kept):
         lines += [f"mkdir /run/kept{i}", f"mount --bind '{path}' /run/kept{i}"]
-    lines.append(f"mount -t tmpfs -o mode=700,size=1g home '{HOME}'")
+    lines.append(f"mount -t tmpfs -o mode=700,size=4g home '{HOME}'")
     for i, path in enumerate(kept):
         lines += [f"mkdir -p '{path}'", f"mount --move /run/kept{i} '{path}'"]
     ssh = HOME / ".ssh"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import agent
 import pytest
-from channel import Channel, Lost, Refused, remote_line, ssh_argv
+from channel import PIECE, Channel, Lost, Refused, remote_line, ssh_argv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -132,12 +132,12 @@ def test_what_fails_on_the_host_is_told_with_its_name(channel: tuple[Channel, He
 
 def test_a_python_that_is_not_there_loses_the_channel_with_the_shells_words(shell: Path) -> None:
     with opened("/no/such/python") as (made, _), pytest.raises(Lost, match=r"jw2: .*not found"):
-        made.ask("facts", 10, folder="~", output="results")
+        made.ask("facts", 10, folder="~", output="results", make=True)
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", "é\n'", "$(touch hit)"])
 def test_files_are_copied_whole(channel: tuple[Channel, Heard], tmp_path: Path, name: str) -> None:
-    data = os.urandom(3 * agent.PIECE + 17)
+    data = os.urandom(3 * PIECE + 17)
     (tmp_path / name).write_bytes(data)
     made, _ = channel
     assert made.ask("tree", 10, folder=str(tmp_path))["files"] == [[name, len(data)]]
@@ -149,11 +149,11 @@ def test_files_are_copied_whole(channel: tuple[Channel, Heard], tmp_path: Path, 
 def test_more_than_the_host_told_of_is_not_taken(
     channel: tuple[Channel, Heard], tmp_path: Path
 ) -> None:
-    (tmp_path / "long").write_bytes(b"x" * (3 * agent.PIECE))
+    (tmp_path / "long").write_bytes(b"x" * (3 * PIECE))
     made, _ = channel
     with pytest.raises(Refused, match="more came than the host told of"):
-        made.fetch(str(tmp_path / "long"), tmp_path / "copy", agent.PIECE, 20)
-    assert (tmp_path / "copy").stat().st_size == agent.PIECE
+        made.fetch(str(tmp_path / "long"), tmp_path / "copy", PIECE, 20)
+    assert (tmp_path / "copy").stat().st_size == PIECE
     assert made.ask("tree", 10, folder=str(tmp_path))["files"], "the channel goes on"
 
 
@@ -161,11 +161,48 @@ def test_more_than_the_host_told_of_is_not_taken(
 def test_a_disk_that_is_full_here_ends_the_copy_at_once(
     channel: tuple[Channel, Heard], tmp_path: Path
 ) -> None:
-    (tmp_path / "file").write_bytes(b"x" * (3 * agent.PIECE))
+    (tmp_path / "file").write_bytes(b"x" * (3 * PIECE))
     made, _ = channel
     with pytest.raises(Refused, match="cannot be written here: No space left"):
-        made.fetch(str(tmp_path / "file"), Path("/dev/full"), 3 * agent.PIECE, 20)
+        made.fetch(str(tmp_path / "file"), Path("/dev/full"), 3 * PIECE, 20)
     assert made.ask("tree", 10, folder=str(tmp_path))["files"]
+
+
+@pytest.mark.parametrize("size", [0, 1, PIECE, 40 * PIECE + 17])
+def test_files_are_sent_whole(channel: tuple[Channel, Heard], tmp_path: Path, size: int) -> None:
+    """The last of these needs more pieces than may be on their way at once."""
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    target = tmp_path / "é '$(touch hit)" / "copy"
+    made, _ = channel
+    made.put(tmp_path / "file", str(target), hashlib.sha256(data).hexdigest(), 20)
+    assert target.read_bytes() == data
+    assert [*target.parent.iterdir()] == [target]
+
+
+def test_a_file_that_changed_on_its_way_does_not_appear(
+    channel: tuple[Channel, Heard], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"x" * 40 * PIECE)
+    made, _ = channel
+    with pytest.raises(Refused, match="changed on its way"):
+        made.put(tmp_path / "file", str(tmp_path / "to" / "copy"), "0" * 64, 20)
+    assert [*(tmp_path / "to").iterdir()] == []
+    with pytest.raises(Refused, match="FileExistsError"):
+        made.put(tmp_path / "file", str(tmp_path / "file" / "copy"), "0" * 64, 20)
+    assert made.ask("tree", 10, folder=str(tmp_path))["files"], "the channel goes on"
+
+
+def test_a_channel_that_ends_amid_a_file_leaves_no_part_of_it(shell: Path, tmp_path: Path) -> None:
+    to = tmp_path / "to"
+    with opened() as (made, _):
+        made.start("put", path=str(to / "copy"), size=100, sha256="0" * 64)
+        made.ask("tree", 10, folder=str(tmp_path))  # frames are read in order
+        assert len([*to.iterdir()]) == 1
+    end = time.monotonic() + 20
+    while [*to.iterdir()]:
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def fake_python(folder: Path, says: str) -> str:
@@ -181,7 +218,7 @@ def test_what_no_agent_sends_ends_the_channel(shell: Path, tmp_path: Path, sent:
     begin = time.monotonic()
     sends = pytest.raises(Lost, match="it sent what no agent sends")
     with opened(fake_python(tmp_path, sent)) as (made, _), sends:
-        made.ask("facts", 20, folder="~", output="results")
+        made.ask("facts", 20, folder="~", output="results", make=True)
     assert time.monotonic() - begin < 10
 
 
@@ -191,7 +228,7 @@ def test_an_agent_that_falls_silent_is_lost(
     monkeypatch.setattr(agent, "SILENT_S", 1.0)
     silent = pytest.raises(Lost, match="nothing came from it for 1 s")
     with opened(fake_python(tmp_path, "")) as (made, _), silent:
-        made.ask("facts", 20, folder="~", output="results")
+        made.ask("facts", 20, folder="~", output="results", make=True)
 
 
 ASKED = """
