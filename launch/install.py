@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 TOP = Path("~/.distbench")
-TOLD_LINES = 3
+TOLD_LINES = 5
 
 
 def lacking(name: str, wheels: list[list[str]]) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def make(
             tool = [str(Path(links) / pip[1] / "pip")] if pip else ["-m", "pip"]
             options = ["--disable-pip-version-check", "--no-input", "--find-links", links]
             options += ["--no-index"] * no_index + ["--no-deps"] * bool(below)
-            _step([str(python), *tool, "install", "--quiet", *options, *wanted])
+            _step([str(python), *tool, "install", *options, *wanted])
             if below:
                 (_site(place) / "below.pth").write_text(f"{_site(top / below)}\n")
             os.sync()
@@ -97,9 +97,13 @@ def _site(place: Path) -> Path:
 
 def _step(argv: list[str]) -> None:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    null, pipe, same = subprocess.DEVNULL, subprocess.PIPE, subprocess.STDOUT
     done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=kept
+        argv, stdin=null, stdout=pipe, stderr=same, text=True, check=False, env=kept
     )
     if done.returncode:
-        said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-        raise OSError(" ".join(said[-TOLD_LINES:]) or f"{argv[0]} ended with {done.returncode}")
+        said = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+        # pip's errors come first, hints of what might be tried last.
+        first = next((i for i, line in enumerate(said) if line.startswith("ERROR")), -TOLD_LINES)
+        told = " ".join(said[first:][:TOLD_LINES])
+        raise OSError(told or f"{argv[0]} ended with {done.returncode}")
