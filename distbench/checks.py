@@ -80,7 +80,8 @@ def _losses(run: Run) -> list[Finding]:
                     f"{after['disk_error']}",
                     record.rank,
                     record.host,
-                    remedy="free space on that host's disk; what was gathered is here",
+                    remedy="make room on that host's disk and leave its output directory in place; "
+                    "what was gathered is here",
                 )
             )
         if end:

@@ -241,7 +241,7 @@ def window(
         try:
             course.drive(sut, log, part, collect, cue)
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on
-            errors.insert(0, f"{type(error).__name__}: {error}")
+            errors.insert(0, f"{type(error).__name__}: {error}".rstrip(": "))
             fail_rest(log)
             recorder.after["raised"] = True
         ended = world.now()

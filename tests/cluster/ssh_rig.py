@@ -96,6 +96,29 @@ class SshHosts:
         for pid in self.hosts.processes(self.number(name)):
             os.kill(pid, signal.SIGKILL)
 
+    def disk(self, name: str, path: Path, size_bytes: int = 512 << 20) -> None:
+        """Mount a file system of a host's own, in a file of the tests' folder, on a directory."""
+        image = self.folder / f"{name}.disk"
+        with image.open("wb") as file:
+            file.truncate(size_bytes)
+        tool = ["mkfs.ext4", "-q", "-F", str(image)]
+        subprocess.run(tool, check=True, timeout=60, env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"})
+        done = self.run(name, "mount", "-o", "loop", str(image), str(path))
+        assert done.returncode == 0, done.stderr
+
+    def power_cut_with_disk(self, name: str) -> Path:
+        """End a host at once; returns a copy of what had reached its disk by then.
+
+        The file behind the loop device has what the file system wrote there, not what the kernel
+        still holds in its page cache for the mapped files.
+        """
+        self.hosts.unplug(self.number(name))
+        self.freeze(name)
+        disk, copied = self.folder / f"{name}.disk", self.folder / f"{name}.cut"
+        subprocess.run(["cp", "--sparse=always", str(disk), str(copied)], check=True, timeout=60)
+        self.power_cut(name)
+        return copied
+
     def freeze(self, name: str) -> None:
         """Stop every process of a host."""
         for pid in self.hosts.processes(self.number(name)):

@@ -1,21 +1,17 @@
-"""The launcher on hosts with a real sshd: two-host runs, refusals, faults; nothing stays behind."""
+"""The launcher on hosts with a real sshd: two-host runs, refusals; nothing stays behind."""
 
 from __future__ import annotations
 
-import base64
-import json
-import os
 import shlex
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.cluster.ssh_rig import PYTHON, SshHosts, available, ssh_hosts
+from tests.cluster.faults import COMMON, SLEEP, file, left, result
+from tests.cluster.ssh_rig import HOME, PYTHON, SshHosts, available, ssh_hosts
 from tests.support import REPO
 
 pytestmark = [
@@ -27,9 +23,6 @@ SLOW = pytest.mark.slow
 """Not of the plain run, which has ten minutes; `.ci/run` has a step for these."""
 
 HOURS_NS = 3600 * 10**9
-HOME = Path("~").expanduser()
-COMMON = ("--hosts", "jw2,jw3", "--env", f"PYTHONPATH={REPO}")
-SLEEP = ("--model", "sleep,per_sample=1ms", "--batch-size", "8", "--warmup", "200ms")
 OFFLINE = ("--", "-m", "distbench.offline", *SLEEP)
 
 
@@ -48,31 +41,8 @@ def own(tmp_path: Path) -> Iterator[SshHosts]:
         yield made
 
 
-def file(hosts: SshHosts, name: str, path: str) -> bytes:
-    """Read a file in a host's home."""
-    done = hosts.run(name, "base64", "-w0", path)
-    assert done.returncode == 0, done.stderr
-    return base64.b64decode(done.stdout)
-
-
-def result(hosts: SshHosts, name: str = "jw1") -> tuple[str, dict[str, Any]]:
-    """Return the path and the result.json of the only run in a host's home."""
-    (path,) = hosts.run(name, "sh", "-c", "ls -d results/2*").stdout.split()
-    return path, json.loads(file(hosts, name, f"{path}/result.json"))
-
-
 def clean(hosts: SshHosts, name: str) -> None:
     hosts.run(name, "rm", "-rf", "results")
-
-
-def left(hosts: SshHosts, *names: str, within_s: float = 20.0) -> dict[str, list[int]]:
-    """Wait until nothing is left on these hosts; returns what is."""
-    end = time.monotonic() + within_s
-    while True:
-        found = {name: hosts.working(name) for name in names}
-        if not any(found.values()) or time.monotonic() > end:
-            return {name: pids for name, pids in found.items() if pids}
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("scenario", ["offline", pytest.param("server", marks=SLOW)])
@@ -348,199 +318,3 @@ def test_a_host_that_never_answers_is_refused_in_time(hosts: SshHosts) -> None:
         hosts.run(name, "chmod", "+x", str(wrapper))
     said = refused(hosts, *COMMON, "--python", str(wrapper), *OFFLINE)
     assert "launch: jw3: no answer within 10 s" in said and "launch: jw2: no answer" not in said
-
-
-# Faults in the middle of a window
-
-
-def started(hosts: SshHosts, *options: str) -> subprocess.Popen[str]:
-    """Start a long run on jw2 and jw3; returns when its window is running."""
-    job = hosts.popen(
-        "jw1",
-        *hosts.launcher(*COMMON, *OFFLINE, "--duration", "60s", *options),
-        stdout=-1,
-        stderr=-1,
-        text=True,
-    )
-    end = time.monotonic() + 60
-    for name, rank in (("jw2", "00000"), ("jw3", "00001")):
-        look = f"ls results/*/ranks/{rank}/rank.json 2>/dev/null"
-        while not hosts.run(name, "sh", "-c", look).stdout:
-            assert job.poll() is None, job.communicate()
-            assert time.monotonic() < end
-            time.sleep(0.1)
-    time.sleep(2.5)  # the agreed instant is at most a second or two away; then completed rows exist
-    return job
-
-
-def worker(hosts: SshHosts, name: str) -> int:
-    """Return the process of a host's rank."""
-    found = []
-    for pid in hosts.working(name):
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        if b"distbench.offline" in command and b"torch.distributed.run" not in command:
-            found.append(pid)
-    (pid,) = found
-    return pid
-
-
-def ended(job: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
-    begin = time.monotonic()
-    try:
-        _, said = job.communicate(timeout=within_s + 30)
-    finally:
-        job.kill()
-    assert time.monotonic() - begin < within_s, said
-    return job.returncode, said
-
-
-FIRST = "worker killed"
-FAULTS: dict[str, tuple[Callable[[SshHosts], object], str]] = {
-    "worker killed": (lambda h: os.kill(worker(h, "jw3"), signal.SIGKILL), "jw3"),
-    "host frozen": (lambda h: h.freeze("jw3"), "jw3"),
-    "cable pulled": (lambda h: h.hosts.unplug(h.number("jw3")), "jw3"),
-    "packets dropped": (lambda h: h.hosts.cut(h.number("jw3")), "jw3"),
-    "power cut": (lambda h: h.power_cut("jw3"), "jw3"),
-    "SIGTERM": (lambda h: os.kill(worker(h, "jw3"), signal.SIGTERM), "jw3"),
-    "power cut at rank 0": (lambda h: h.power_cut("jw2"), "jw2"),
-}
-
-
-@pytest.mark.parametrize(
-    "fault", [FIRST, *(pytest.param(each, marks=SLOW) for each in FAULTS if each != FIRST)]
-)
-def test_a_fault_leaves_an_incomplete_result_that_names_the_host(own: SshHosts, fault: str) -> None:
-    harm, culprit = FAULTS[fault]
-    job = started(own)
-    harm(own)
-    code, said = ended(job, 45)
-    assert code == 6, said
-    _, found = result(own)
-    assert found["verdict"]["status"] == "INCOMPLETE"
-    survivor = {"jw2": "jw3", "jw3": "jw2"}[culprit]
-    assert left(own, survivor, "jw1") == {}
-    rank = {"jw2": 0, "jw3": 1}[culprit]
-    named = [f for f in found["verdict"]["findings"] if f["level"] == "incomplete"]
-    assert {f["rank"] for f in named} == {rank}, named
-    assert culprit in {f["host"] for f in named}, named
-    done = sum(row["samples"] or 0 for row in found["per_rank"])
-    assert done > 500, found["per_rank"]
-
-
-HANGS = """
-import time
-from distbench.sut import Sleep
-
-class Hangs(Sleep):
-    calls = 0
-
-    def poll(self, until_ns):
-        self.calls += 1
-        if self.calls > 2000:
-            time.sleep(600)
-        return super().poll(until_ns)
-
-def make(world):
-    return Hangs(1_000_000) if world.rank else Sleep(1_000_000)
-"""
-
-
-@SLOW
-def test_a_model_that_hangs_ends_the_run_naming_its_rank(own: SshHosts) -> None:
-    for name in ("jw2", "jw3"):
-        own.run(name, "sh", "-c", f"cat >hangs.py <<'END'{HANGS}END")
-    options = ("--model", "hangs:make", "--batch-size", "1", "--warmup", "200ms")
-    limits = ("--duration", "20s", "--timeout", "3s")
-    begin = time.monotonic()
-    done = own.launch(*COMMON, "--", "-m", "distbench.offline", *options, *limits, timeout=110)
-    assert done.returncode == 6, done.stderr
-    assert time.monotonic() - begin < 60
-    assert left(own, *own.names) == {}
-    _, found = result(own)
-    named = [f for f in found["verdict"]["findings"] if f["level"] == "incomplete"]
-    assert {f["rank"] for f in named} == {1}, named
-    assert found["per_rank"][1]["samples"] > 500
-
-
-@SLOW
-def test_a_disk_that_is_full_at_the_end_loses_no_sample(own: SshHosts) -> None:
-    """Room for the samples is taken before the window; what is written after it does not fit."""
-    own.run("jw3", "mkdir", "results")
-    own.hosts.small_disk(own.number("jw3"), HOME / "results", 64 << 20)
-    said = refused(own, *COMMON, *OFFLINE)
-    assert f"jw3: {HOME}/results has 64 MiB free, 256 MiB are needed" in said
-    own.run("jw3", "umount", "results")
-    own.hosts.small_disk(own.number("jw3"), HOME / "results", 300 << 20)
-    job = started(own, "--duration", "8s")
-    filled = own.run("jw3", "sh", "-c", "head -c 400M /dev/zero >results/fill; df results")
-    assert "No space left" in filled.stderr and "100%" in filled.stdout
-    code, said = ended(job, 60)
-    assert code == 6, said
-    _, found = result(own)
-    assert found["verdict"]["status"] == "INCOMPLETE"
-    assert "rank 1 (jw3) could not write all its files" in said and "No space left" in said
-    assert left(own, *own.names) == {}
-    assert all(row["samples"] > 1000 for row in found["per_rank"]), found["per_rank"]
-
-
-def test_a_launcher_that_is_killed_leaves_no_process_on_any_host(own: SshHosts) -> None:
-    job = started(own)
-    job.kill()
-    job.communicate(timeout=10)
-    assert left(own, *own.names, within_s=25) == {}
-    # The hosts keep what was measured.
-    for name, rank in (("jw2", 0), ("jw3", 1)):
-        (path,) = own.run(name, "sh", "-c", "ls -d results/2*").stdout.split()
-        assert own.run(name, "test", "-s", f"{path}/ranks/{rank:05d}/samples.npy").returncode == 0
-
-
-@SLOW
-def test_a_host_whose_agent_is_stopped_is_lost_and_the_result_is_kept(own: SshHosts) -> None:
-    job = started(own, "--duration", "6s")
-    (agent,) = (
-        pid
-        for pid in own.working("jw3")
-        if b"functools.reduce" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-    os.kill(agent, signal.SIGSTOP)
-    code, said = ended(job, 60)
-    os.kill(agent, signal.SIGKILL)
-    assert "nothing came from it for 15 s" in said
-    assert code == 1, said
-    assert result(own)[1]["verdict"]["status"] != "INCOMPLETE", "the ranks knew nothing of it"
-
-
-@SLOW
-def test_a_shared_folder_is_collected_through_another_host_when_the_first_is_gone(
-    own: SshHosts, tmp_path: Path
-) -> None:
-    shared = tmp_path / "shared"  # all hosts see the tests' own folder
-    job = own.popen(
-        "jw1",
-        *own.launcher(*COMMON, *OFFLINE, "--duration", "60s", "--output-dir", str(shared)),
-        stdout=-1,
-        stderr=-1,
-        text=True,
-    )
-    end = time.monotonic() + 60
-    while len([*shared.glob("2*/ranks/*/rank.json")]) < 2:
-        assert time.monotonic() < end
-        time.sleep(0.1)
-    time.sleep(2.5)
-    own.power_cut("jw2")
-    code, said = ended(job, 45)
-    assert code == 6, said
-    _, found = result(own)
-    assert found["verdict"]["status"] == "INCOMPLETE"
-    assert sum(row["samples"] or 0 for row in found["per_rank"]) > 500
-
-
-@SLOW
-def test_ctrl_c_ends_the_run_and_brings_what_there_is(own: SshHosts) -> None:
-    job = started(own)
-    job.send_signal(signal.SIGINT)
-    code, said = ended(job, 40)
-    assert code == 130, said
-    assert left(own, *own.names) == {}
-    _, found = result(own)
-    assert found["verdict"]["status"] == "INCOMPLETE"

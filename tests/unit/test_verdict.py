@@ -40,7 +40,7 @@ REMEDIES = {
     "dispatch-differs": "not of one window",
     "driver-incomplete": "see the driver's own output",
     "driver-lost": "see the driver's own output",
-    "disk-error": "free space on that host's disk",
+    "disk-error": "make room on that host's disk",
     "environments-differ": "measure each alone",
     "foreign-process": "end it, or wait for it",
     "foreign-unknown": "make NVML usable there",
