@@ -168,3 +168,11 @@ def choose_interface(
     if is_loopback(address):
         raise UsageError(f"{who} would reach the other nodes over loopback ({address}); {remedy}")
     return Interface(name, address, origin)
+
+
+def interface_mtu(interface: str) -> int:
+    """Return an interface's MTU in bytes, 0 where it cannot be read."""
+    try:
+        return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
+    except (OSError, ValueError):
+        return 0

@@ -76,7 +76,7 @@ def open_links(
         return None, {}, [wire.Seat(0, host, clock_domain(), "", 0)]
     interface = _find_interface(stack, store, place)
     own = wire.Seat(
-        place.rank, host, clock_domain(), interface.name, wire.interface_mtu(interface.name)
+        place.rank, host, clock_domain(), interface.name, network.interface_mtu(interface.name)
     )
     if place.rank == 0:
         token = secrets.token_hex(16)

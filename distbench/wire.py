@@ -11,14 +11,15 @@ fault) shows here, in seconds and with both MTUs named, and not as a hang in a l
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
 import socket
 import struct
+import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from distbench.clock import Now, now_ns
@@ -34,6 +35,7 @@ HELLO_TIMEOUT_S = 2.0
 """A rank says who it is with its first packet; strays are greeted one after the other."""
 HELLO_LIMIT_BYTES = 4096
 """What is read from a caller before it has shown the token."""
+_told: set[str] = set()
 
 HELLO, ROSTER, ECHO, PING, PONG, HEART, ARRIVED, PASSED, LOST, FAILED, BYE = range(11)
 
@@ -183,14 +185,6 @@ class Link:
         self.connection.close()
 
 
-def interface_mtu(interface: str) -> int:
-    """Return an interface's MTU in bytes, 0 where it cannot be read."""
-    try:
-        return int(Path(f"/sys/class/net/{interface}/mtu").read_text())
-    except (OSError, ValueError):
-        return 0
-
-
 def listen(address: str, backlog: int, port: int = 0, who: str = "rank 0") -> socket.socket:
     """Open the socket on which rank 0, or a driver, takes the ranks' links.
 
@@ -318,7 +312,23 @@ def _tuned(connection: socket.socket) -> socket.socket:
 
 
 def greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
-    """Return the caller's link, with its role, if it shows the token, else None."""
+    """Return the caller's link, with its role, if it shows the token, else None, which is told."""
+    link = _greeted(connection, own, token)
+    if link is None:
+        _tell_stray(connection, own)
+    return link
+
+
+def _tell_stray(connection: socket.socket, own: Seat) -> None:
+    """Say who was hung up on, each address once: a port scanner may call without end."""
+    with contextlib.suppress(OSError, ValueError):  # whoever reset the connection has no address
+        caller = str(connection.getpeername()[0])
+        if caller not in _told:
+            _told.add(caller)
+            sys.stderr.write(f"distbench: {own} hung up on {caller}: it has not this run's token\n")
+
+
+def _greeted(connection: socket.socket, own: Seat, token: str) -> Link | None:
     link = Link(_tuned(connection), Seat(-1, "?", "", "", 0))
     try:
         kind, payload = link.receive(HELLO_LIMIT_BYTES, HELLO_TIMEOUT_S)

@@ -11,7 +11,7 @@ Needs OpenSSH and Python's standard library: a clone of the repository is enough
 verify the result here). Before anything is started the hosts are looked at, within 15 s: whether
 they can be reached and reach each other, versions, GPUs, disks, the output directory. The first
 host is node 0, so rank 0 is there. stdout is rank 0's; every other line goes to stderr behind
-``[host]``. What still runs on a host ends when this program does, however it ends.
+``[host rank]``. What still runs on a host ends when this program does, however it ends.
 
 Exit status: the run's own (0; 2 usage; 3 under --strict; 6 incomplete), 4 where a check failed,
 1 for anything else that broke, 130 after Ctrl-C.
@@ -36,7 +36,7 @@ from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, 
 from collect import EXIT_STRICT, account, collect, exit_status, names, verified
 from deploy import deploy
 from options import ENV_FILE, Options, given, parse
-from streams import Streams, say
+from streams import PREFIX, Streams, say
 from swapped import told_apart
 
 EXIT_CHECKS, EXIT_INTERRUPTED = 4, 130
@@ -105,7 +105,8 @@ def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> li
     """Return torchrun's argv on each host.
 
     Static rendezvous, so that rank 0 is on the first host; no restarts, because a run that was
-    restarted is another run, and its ranks may wait for each other for ever.
+    restarted is another run, and its ranks may wait for each other for ever. The stderr of several
+    ranks on a host goes through torchrun's files, so that each line can be told by its rank.
     """
     return [
         [
@@ -113,6 +114,7 @@ def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> li
             *("--nnodes", str(len(hosts)), "--nproc-per-node", str(host.processes)),
             *("--node-rank", str(node), "--rdzv-id", run_id, "--max-restarts", "0"),
             *("--master-addr", hosts[0].address, "--master-port", str(port)),
+            *(("--tee", "2") if host.processes > 1 else ()),
             *options.command,
         ]
         for node, host in enumerate(hosts)
@@ -120,14 +122,17 @@ def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> li
 
 
 def run(
-    channels: Sequence[Channel], hosts: Sequence[Host], argvs: Sequence[list[str]], options: Options
+    channels: Sequence[Channel],
+    hosts: Sequence[Host],
+    argvs: Sequence[list[str]],
+    env: dict[str, str],
 ) -> dict[str, int]:
     """Run the command on all hosts to its end; returns torchrun's exit status by host.
 
     When one host has ended with an error, or is lost, the others have ``AFTER_S`` to end as well.
     """
     asked = [
-        channel.start("run", argv=argv, env=options.env)
+        channel.start("run", argv=argv, env=env)
         for channel, argv in zip(channels, argvs, strict=True)
     ]
     codes: dict[str, int] = {}
@@ -177,12 +182,11 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
         order = range(len(hosts))
         if options.swap and number % 4 in (1, 2):
             order = order[::-1]
-        streams.first = order[0]
         nodes = hosts
         if options.swap:  # of two hosts, the second may share the first one's folder
             shares = (False, hosts[-1].shares)
             nodes = [replace(hosts[i], shares=shares[node]) for node, i in enumerate(order)]
-        streams.exit_told, streams.sentences = 0, {}
+        streams.seat(order, [host.processes for host in nodes])
         status, folders = one_run(options, [channels[i] for i in order], nodes, streams)
         results += folders
         worst = worst or status
@@ -203,15 +207,16 @@ def one_run(
         raise Unfit(*unreached)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
     argvs = lines(options, hosts, port, run_id)
+    env = {**(PREFIX if any(host.processes > 1 for host in hosts) else {}), **options.env}
     for host, argv in zip(hosts, argvs, strict=True):
-        words = [f"{name}={value}" for name, value in options.env.items()] + argv
+        words = [f"{name}={value}" for name, value in env.items()] + argv
         say(f"{host.name}: cd {shlex.quote(host.facts['folder'])} && {shlex.join(words)}")
     if options.dry_run:
         return 0, []
     before = [names(channels[node], host.facts["output"]) for node, host in enumerate(hosts)]
     cut = False
     try:
-        codes = run(channels, hosts, argvs, options)
+        codes = run(channels, hosts, argvs, env)
     except KeyboardInterrupt:
         say("interrupted: what runs on the hosts is ended")
         stop(channels)

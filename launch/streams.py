@@ -13,6 +13,9 @@ from checks import Host
 
 OWN = re.compile(rb"^distbench: (?!rank \d+ completed)(.+)|(No module named .+)")
 """Not its lines of progress."""
+OF_RANK = re.compile(rb"\[r(\d+)\]:")
+PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[r${rank}]:"}
+"""What torchrun shall put before the stderr of each of several ranks, for ``OF_RANK`` to read."""
 
 
 class Streams:
@@ -30,8 +33,23 @@ class Streams:
         self.exit_told = 0
         self.sentences: dict[str, str] = {}
         self._hosts = [host.name for host in hosts]
+        self._labels = list(self._hosts)
         self._lock = threading.Lock()
         self._rest: dict[tuple[int, bytes], bytes] = {}
+
+    def seat(self, order: Sequence[int], counts: Sequence[int]) -> None:
+        """Take in which ranks the hosts have in the next run.
+
+        Args:
+            order: places of the hosts, by node.
+            counts: their ranks, by node.
+        """
+        self.first, first_rank = order[0], 0
+        self.exit_told, self.sentences = 0, {}
+        for place, count in zip(order, counts, strict=True):
+            one = f" r{first_rank}" if count == 1 else ""
+            self._labels[place] = self._hosts[place] + one
+            first_rank += count
 
     def take(self, place: int, kind: bytes, data: bytes) -> None:
         """Take output of a host: ``O`` or ``E``."""
@@ -57,6 +75,9 @@ class Streams:
             except OSError:  # whoever read it has gone: the run has not
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
+        behind = OF_RANK.match(line)
+        rank = int(behind.group(1)) if behind else None
+        line = line[behind.end() :] if behind else line
         found = re.fullmatch(rb"\s*exitcode\s*:\s*(\d+) \(pid: \d+\)\s*", line)
         if found and not self.exit_told:
             self.exit_told = int(found.group(1))
@@ -64,8 +85,9 @@ class Streams:
         if said:
             text = (said.group(1) or said.group(2)).decode("utf-8", "replace").strip()
             self.sentences.setdefault(text, self._hosts[place])
+        label = self._labels[place] if rank is None else f"{self._hosts[place]} r{rank}"
         with contextlib.suppress(OSError):
-            sys.stderr.buffer.write(b"[%s] %s\n" % (self._hosts[place].encode(), line))
+            sys.stderr.buffer.write(b"[%s] %s\n" % (label.encode(), line))
             sys.stderr.buffer.flush()
 
 

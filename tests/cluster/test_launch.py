@@ -70,6 +70,21 @@ def test_two_hosts_give_one_report_and_the_result_is_here(hosts: SshHosts, scena
 
 
 @SLOW
+def test_lines_of_several_ranks_on_a_host_are_told_apart(hosts: SshHosts) -> None:
+    """Also those of ranks that fail: torchrun keeps them in files and must lose none."""
+    module = "import sys, os; print('rank', os.environ['RANK'], file=sys.stderr); "
+    module += "print('out', os.environ['RANK']) if os.environ['RANK'] == '0' else None; sys.exit(9)"
+    for name in ("jw2", "jw3"):
+        hosts.run(name, "sh", "-c", f"printf '%s' \"{module}\" >told.py")
+    done = hosts.launch("--hosts", "jw2:2,jw3:2", *COMMON[2:], "--", "-m", "told")
+    assert done.returncode == 9, done.stderr
+    assert done.stdout == "out 0\n"
+    lines = done.stderr.splitlines()
+    for name, rank in (("jw2", 0), ("jw2", 1), ("jw3", 2), ("jw3", 3)):
+        assert lines.count(f"[{name} r{rank}] rank {rank}") == 1, done.stderr
+
+
+@SLOW
 def test_whoever_reads_the_report_may_leave(hosts: SshHosts) -> None:
     """A closed pipe behind stdout neither ends the run nor holds the launcher."""
     line = " ".join(map(shlex.quote, hosts.launcher(*COMMON, *OFFLINE, "--duration", "1s")))

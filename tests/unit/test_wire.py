@@ -10,7 +10,7 @@ from dataclasses import asdict
 
 import pytest
 
-from distbench import wire
+from distbench import network, wire
 from distbench.errors import UsageError
 from distbench.wire import HEADER, Link, LinkClosed, Seat
 
@@ -130,7 +130,10 @@ def test_a_caller_uses_the_interface_that_it_was_given(server, pool):
         b"",
     ],
 )
-def test_a_stray_is_dropped_and_the_real_rank_is_still_accepted(server, pool, said):
+def test_a_stray_is_dropped_and_told_and_the_real_rank_is_still_accepted(
+    server, pool, said, capsys, monkeypatch
+):
+    monkeypatch.setattr(wire, "_told", set())
     accepting = pool.submit(wire.accept_links, server, ZERO, 2, TOKEN, 10)
     with connect(server) as stray:
         say(stray, said)
@@ -147,7 +150,22 @@ def test_a_stray_is_dropped_and_the_real_rank_is_still_accepted(server, pool, sa
         assert told in (b"", frame(wire.HELLO, json.dumps(asdict(ZERO)).encode()))
         if TOKEN.encode() not in said:
             assert told == b""
+            line = "distbench: rank 0 (jw2) hung up on 127.0.0.1: it has not this run's token\n"
+            assert capsys.readouterr().err == line
     close(here, there)
+
+
+def test_a_stray_that_comes_again_is_told_once(server, pool, capsys, monkeypatch):
+    monkeypatch.setattr(wire, "_told", set())
+    accepting = pool.submit(wire.accept_links, server, ZERO, 2, TOKEN, 10)
+    for _ in range(5):
+        with connect(server) as stray:
+            say(stray, b"GET / HTTP/1.1\r\n\r\n")
+            with contextlib.suppress(ConnectionResetError):
+                assert stray.recv(1) == b""
+    there = call(server, ONE)
+    close(accepting.result(10)[1], there)
+    assert capsys.readouterr().err.count("hung up on") == 1
 
 
 def test_a_stray_that_says_nothing_holds_nobody_up_for_good(server, pool, short):
@@ -455,9 +473,9 @@ def test_the_mtu_of_an_interface():
         import fcntl
 
         asked = fcntl.ioctl(probe, 0x8921, name.encode().ljust(32, b"\0"))  # SIOCGIFMTU
-    assert wire.interface_mtu(name) == struct.unpack_from("i", asked, 16)[0]
-    assert wire.interface_mtu("no-such-interface") == 0
-    assert wire.interface_mtu("") == 0
+    assert network.interface_mtu(name) == struct.unpack_from("i", asked, 16)[0]
+    assert network.interface_mtu("no-such-interface") == 0
+    assert network.interface_mtu("") == 0
 
 
 def test_a_stray_that_drips_bytes_is_cut_off(server, pool, monkeypatch):
