@@ -163,6 +163,16 @@ class Hosts:
         """Lose every packet from and to host `i`; its interface keeps the carrier."""
         self._lose(i, "drop")
 
+    def lose(self, i: int, percent: float) -> None:
+        """Lose so many of 100 packets from and to host `i`, each by a draw of its own."""
+        self._lose(i, f"numgen random mod 1000 < {round(10 * percent)} drop")
+
+    def limit(self, i: int, bits_per_s: int) -> None:
+        """Let no more than so much pass from and to host `i`; for good."""
+        shape = f"root tbf rate {bits_per_s}bit burst 16kb latency 400ms"
+        for place, device in ((SWITCH, f"port{i}"), (i, "eth0")):
+            self._tool(place, ["tc", "qdisc", "add", "dev", device, *shape.split()])
+
     def unplug(self, i: int) -> None:
         """Take the carrier from eth0 of host `i`."""
         self._tool(SWITCH, _IP, f"link set port{i} down\n")
@@ -184,7 +194,7 @@ class Hosts:
         self._tool(i, _IP, f"addr add {self.address(i)}/24 dev eth0\nlink set eth0 up\n")
 
     def heal(self, i: int) -> None:
-        """Undo `drop_larger_than`, `cut` and `unplug` on host `i`."""
+        """Undo `drop_larger_than`, `cut`, `lose` and `unplug` on host `i`."""
         self._lose(i, "")
         self._tool(SWITCH, _IP, f"link set port{i} up\n")
 

@@ -2,10 +2,13 @@
 
 jw1 is where the launcher runs, with a Python that has numpy and no torch. Keys only, host keys
 pinned in jw1's known_hosts. Homes are empty; what the interpreter needs below the real home stays.
+A host's sshd, and so whatever is started over ssh, has process ids of its own and sees nothing of
+another host's; what the tests run directly on a host sees all, and so finds what is left over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -93,8 +96,7 @@ class SshHosts:
     def power_cut(self, name: str) -> None:
         """End a host at once: nothing of it says goodbye."""
         self.hosts.unplug(self.number(name))
-        for pid in self.hosts.processes(self.number(name)):
-            os.kill(pid, signal.SIGKILL)
+        self._signal(name, signal.SIGKILL)
 
     def disk(self, name: str, path: Path, size_bytes: int = 512 << 20) -> None:
         """Mount a file system of a host's own, in a file of the tests' folder, on a directory."""
@@ -121,8 +123,12 @@ class SshHosts:
 
     def freeze(self, name: str) -> None:
         """Stop every process of a host."""
+        self._signal(name, signal.SIGSTOP)
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
         for pid in self.hosts.processes(self.number(name)):
-            os.kill(pid, signal.SIGSTOP)
+            with contextlib.suppress(ProcessLookupError):  # it went with sshd's namespace
+                os.kill(pid, number)
 
     def _env(self, more: dict[str, str]) -> dict[str, str]:
         kept = {k: v for k, v in environment().items() if k in ("PATH", "LANG", "LC_ALL")}
@@ -197,6 +203,7 @@ def _home(made: SshHosts, name: str) -> None:
     ssh = HOME / ".ssh"
     lines += [f"mkdir -m 700 '{ssh}'"]
     lines += [f"cp '{made.folder / each}' '{ssh}'" for each in ("id", "known_hosts", "config")]
+    lines += ["mount --make-rshared /"]  # what is mounted later shows under sshd too
     done = made.hosts.run(number, ["sh", "-c", "\n".join(lines)])
     assert done.returncode == 0, done.stderr
 
@@ -212,7 +219,8 @@ def _serve(made: SshHosts, name: str) -> subprocess.Popen[Any]:
         "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 50\n"
     )
     with (folder / f"{name}.log").open("ab") as log:
-        argv = [str(SSHD), "-D", "-e", "-f", str(config)]
+        argv = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc"]
+        argv += ["--propagation", "slave", str(SSHD), "-D", "-e", "-f", str(config)]
         server = made.hosts.popen(number, argv, stderr=log)
     deadline = time.monotonic() + 10
     while made.hosts.run(number, ["bash", "-c", f"exec 3<>/dev/tcp/{address}/22"]).returncode:

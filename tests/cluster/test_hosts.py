@@ -283,3 +283,18 @@ def test_a_slow_way_widens_the_clocks_bound_and_never_breaks_it(
     skew = result["start"]["skew_s"]
     assert skew < bound
     assert "below what the clocks resolve" in " ".join(told[0][1].split())
+
+
+@pytest.mark.slow
+def test_lost_packets_cost_time_and_neither_a_sample_nor_the_bound(outs: tuple[Path, Path]) -> None:
+    """Of 100 packets 5 are lost, at 20 Mbit/s: TCP sends again, and late pings widen no bound."""
+    offset_ns = 3_000_000_000
+    with rig.Hosts(2, decoys=False, time_offsets_ns=(0, offset_ns)) as hosts:
+        hosts.lose(1, 5)
+        hosts.limit(1, 20_000_000)
+        told = _both(hosts, outs, *SLEEP, "--duration", "2s")
+    assert [code for code, _, _ in told] == [0, 0], told
+    result = load_run(_only(outs[0])).result()
+    one = result["clock"]["ranks"][1]
+    assert abs(one["offset_s"] - offset_ns / 1e9) <= one["bound_s"] < 1e-3
+    assert sum(row["samples"] for row in result["per_rank"]) == result["metrics"]["throughput"]["n"]

@@ -358,6 +358,62 @@ def test_cut_keeps_the_carrier_and_heals(hosts, servers):
     assert send(hosts, 1, 64) == "64"
 
 
+# Takes the address; sends numbered datagrams to it.
+SENDER = """
+import socket, sys
+with socket.socket(type=socket.SOCK_DGRAM) as door:
+    for number in range(1000):
+        door.sendto(number.to_bytes(2, "big"), (sys.argv[1], 5000))
+"""
+
+# Takes the address to listen on; tells how many arrived before a pause of a second.
+COUNTER = """
+import socket, sys
+with socket.socket(type=socket.SOCK_DGRAM) as door:
+    door.bind((sys.argv[1], 5000))
+    door.setsockopt(socket.SOL_SOCKET, 33, 8 << 20)  # SO_RCVBUFFORCE: none is lost here
+    door.settimeout(10)
+    print("listening", flush=True)
+    count = 0
+    try:
+        while door.recv(100):
+            count += 1
+            door.settimeout(1)
+    except TimeoutError:
+        print(count)
+"""
+
+
+@pytest.mark.parametrize("percent", [0, 20])
+def test_so_many_packets_are_lost(hosts, percent):
+    command = [*PYTHON, COUNTER, hosts.address(0)]
+    with hosts.popen(0, command, stdout=subprocess.PIPE, text=True) as counter:
+        assert counter.stdout.readline() == "listening\n"
+        hosts.lose(0, percent)
+        try:
+            hosts.run(1, [*PYTHON, SENDER, hosts.address(0)])
+            arrived = int(counter.stdout.readline())
+        finally:
+            hosts.heal(0)
+    expected = 1000 * (1 - percent / 100)
+    # 20 in 100: a standard deviation of 12.6, so once in 1e6 runs by chance.
+    assert abs(arrived - expected) <= (62 if percent else 0)
+
+
+def test_no_more_passes_than_the_limit(servers):
+    """On hosts of its own: a limit is for good."""
+    size, bits_per_s, burst = 400_000, 4_000_000, 16_384
+    with Hosts(decoys=False) as slow:
+        slow.limit(0, bits_per_s)
+        command = [*PYTHON, COUNTING_SERVER, slow.address(1)]
+        with slow.popen(1, command, stdout=subprocess.PIPE, text=True) as server:
+            assert server.stdout.readline() == "listening\n"
+            begin = time.monotonic()
+            assert send(slow, 0, size) == str(size)
+            assert time.monotonic() - begin >= (size - 2 * burst) * 8 / bits_per_s
+            server.kill()
+
+
 def test_unplug_takes_the_carrier_and_heals(hosts, servers):
     hosts.unplug(0)
     assert carrier(hosts, 0) == "0"
