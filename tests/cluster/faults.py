@@ -286,3 +286,30 @@ def ended(job: subprocess.Popen[str], within_s: float) -> tuple[int, str]:
         job.kill()
     assert time.monotonic() - begin < within_s, said
     return job.returncode, said
+
+
+SLOW_PLACE = """
+import os, socket
+from distbench.sut import Sleep
+
+def make(world):
+    place = os.environ["SLOW"]
+    slow = place == socket.gethostname() or place == f"rank {world.rank}"
+    return Sleep(1_100_000 if slow else 1_000_000)
+"""
+
+
+def swapped(hosts: SshHosts, place: str) -> subprocess.CompletedProcess[str]:
+    """Run jw2 and jw3 in the order ABBA, with a slower host ("jw3") or role ("rank 0")."""
+    for name in RANKS:
+        hosts.run(name, "sh", "-c", f"cat >slow_place.py <<'END'{SLOW_PLACE}END")
+    options = ("--model", "slow_place:make", "--batch-size", "8", "--duration", "2s")
+    asked = ("--env", f"SLOW={place}", "--repeat", "4", "--swap")
+    return hosts.launch(*COMMON, *asked, *OFFLINE, *options, timeout=150)
+
+
+def blamed(said: str) -> str:
+    """Return what the launcher's last two lines blame: "host", "role", both, or "" for neither."""
+    host, role = (line.partition(": ")[2] for line in said.splitlines()[-2:])
+    effects = {"host": host, "role": role}
+    return " and ".join(name for name, text in effects.items() if "no difference told" not in text)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.faults import COMMON, SLEEP, file, left, result
+from tests.cluster.faults import COMMON, SLEEP, blamed, file, left, result, swapped
 from tests.cluster.ssh_rig import HOME, PYTHON, SshHosts, available, ssh_hosts
 from tests.support import REPO
 
@@ -123,34 +123,16 @@ def test_what_would_be_started_is_shown_and_nothing_is(hosts: SshHosts) -> None:
     assert hosts.run("jw2", "ls", "results").stdout == ""
 
 
-SLOW_PLACE = """
-import os, socket
-from distbench.sut import Sleep
-
-def make(world):
-    place = os.environ["SLOW"]
-    slow = place == socket.gethostname() or place == f"rank {world.rank}"
-    return Sleep(1_100_000 if slow else 1_000_000)
-"""
-
-
 @SLOW
 @pytest.mark.parametrize("place", ["jw3", "rank 0"])
 def test_swapped_runs_tell_a_slow_host_from_a_slow_role(hosts: SshHosts, place: str) -> None:
     """A tenth more per sample, on a host or in a role; which order each run has is seen as well."""
-    for name in ("jw2", "jw3"):
-        hosts.run(name, "sh", "-c", f"cat >slow_place.py <<'END'{SLOW_PLACE}END")
-    options = ("--model", "slow_place:make", "--batch-size", "8", "--duration", "2s")
-    asked = ("--env", f"SLOW={place}", "--repeat", "4", "--swap")
-    done = hosts.launch(*COMMON, *asked, "--", "-m", "distbench.offline", *options, timeout=150)
+    done = swapped(hosts, place)
     try:
         assert done.returncode == 0, done.stderr
         firsts = [line.split()[1] for line in done.stderr.splitlines() if "--node-rank 0" in line]
         assert firsts == ["jw2:", "jw3:", "jw3:", "jw2:"]
-        host, role = (line.partition(": ")[2] for line in done.stderr.splitlines()[-2:])
-        blamed, spared = (host, role) if place == "jw3" else (role, host)
-        assert ("% faster" if place == "jw3" else "% slower") in blamed, done.stderr[-600:]
-        assert "no difference told" in spared, done.stderr[-600:]
+        assert blamed(done.stderr) == {"jw3": "host", "rank 0": "role"}[place], done.stderr[-600:]
         assert done.stdout.count("MEASUREMENT") == 4
         assert hosts.run("jw1", "sh", "-c", "ls -d results/2* | wc -l").stdout.strip() == "4"
     finally:
