@@ -309,7 +309,14 @@ def swapped(hosts: SshHosts, place: str) -> subprocess.CompletedProcess[str]:
 
 
 def blamed(said: str) -> str:
-    """Return what the launcher's last two lines blame: "host", "role", both, or "" for neither."""
+    """Return what the launcher's last two lines blame: "host", "role", both, or "" for neither.
+
+    The right way round: the first host is told to be faster than jw3, and rank 0 to be slower.
+    """
     host, role = (line.partition(": ")[2] for line in said.splitlines()[-2:])
-    effects = {"host": host, "role": role}
-    return " and ".join(name for name, text in effects.items() if "no difference told" not in text)
+    found = [("host", host, "% faster"), ("role", role, "% slower")]
+    return " and ".join(
+        name if way in text else f"{name} the wrong way round"
+        for name, text, way in found
+        if "no difference told" not in text
+    )
