@@ -81,7 +81,7 @@ def alike(hosts: Sequence[Host], python: str) -> list[str]:
             if name not in found:
                 problems.append(
                     f"{host.name}: {host.facts['python']} has no {name}: give --python the one of "
-                    f"the environment that has it (now {python!r}), or --dir a checkout"
+                    f"the environment that has it (now {python!r}), or --deploy to make one"
                 )
         if host.facts["free_bytes"] < LEAST_FREE_BYTES:
             problems.append(
