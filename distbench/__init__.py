@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distbench.coordinated import run_coordinated
     from distbench.load import Load
     from distbench.multistream import run_multistream
     from distbench.offline import run_offline
@@ -35,6 +36,7 @@ _HOMES = {
     "World": "distbench.world",
     "join": "distbench.world",
     "load_run": "distbench.windows",
+    "run_coordinated": "distbench.coordinated",
     "run_multistream": "distbench.multistream",
     "run_offline": "distbench.offline",
     "run_server": "distbench.server",
@@ -50,6 +52,7 @@ __all__ = [
     "World",
     "join",
     "load_run",
+    "run_coordinated",
     "run_multistream",
     "run_offline",
     "run_server",

@@ -55,7 +55,7 @@ def facts_found(run: Run, times: list[RankTimes]) -> list[Finding]:
 
 def _losses(run: Run) -> list[Finding]:
     found = []
-    ends = [end for record in run.present if (end := (record.after or {}).get("end"))]
+    ends = [end for record in run.left if (end := (record.after or {}).get("end"))]
     named = {end["rank"] for end in ends}
     for rank in run.missing:
         found.append(
@@ -68,7 +68,7 @@ def _losses(run: Run) -> list[Finding]:
                 "`python -m distbench.salvage`",
             )
         )
-    for record in run.present:
+    for record in run.left:
         after = record.after or {}
         end = after.get("end")
         if after.get("disk_error"):

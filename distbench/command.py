@@ -118,13 +118,13 @@ def settings_from(module: str, values: Values, argv: Sequence[str], **more: Any)
     common = {option.name.replace("-", "_") for option in COMMON_OPTIONS} - set(NO_SETTINGS)
     read = {name: value for name, value in values.values.items() if name in common}
     for name in ("samples", "dtype"):
-        read[name] = read[name] or ""
+        read[name] = read.get(name) or ""
+    own = {FIELDS.get(name, name): value for name, value in read.items()} | more
     return Settings(
-        **{FIELDS.get(name, name): value for name, value in read.items()},
         config=values.config(),
         command=command_line(module, argv),
         model_name=values.values["model"],
-        **more,
+        **own,
     )
 
 

@@ -274,7 +274,8 @@ def across_ranks(world: World, run: Run) -> Pool:
         world: all ranks; all make the same calls in the same order.
         run: its records; this rank's alone has rows.
     """
-    own = run.present[world.rank]
+    own = run.records[world.rank]
+    assert own is not None
 
     def order(name: str, places: Sequence[int]) -> list[int]:
         world.side.meet(f"select:{name}")
@@ -291,7 +292,7 @@ def across_ranks(world: World, run: Run) -> Pool:
 
 def _write(path: Path, run: Run) -> str:
     """Complete the result directory on rank 0's disk; returns what went wrong, "" for nothing."""
-    records = run.present
+    records = run.left
     try:
         if run.judged is not None:
             write_result(path, run.judged)

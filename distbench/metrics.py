@@ -238,7 +238,7 @@ def _latencies(
 def accuracy(run: Run) -> dict[str, Any]:
     """Return the accuracy metric: the ranks' scores, summed, then divided."""
     definition = "right / scored over the model's held-out samples, untimed"
-    scores = [s for r in run.present if (s := (r.after or {}).get("score")) is not None]
+    scores = [s for r in run.left if (s := (r.after or {}).get("score")) is not None]
     if len(scores) < run.world_size:
         return metric(None, "1", 0, definition, reason="a rank left no score")
     reasons = [s["reason"] for s in scores if s["reason"]]
@@ -358,7 +358,7 @@ def start_section(run: Run, times: list[RankTimes]) -> dict[str, Any]:
         and t.scheduled_ns is not None
         and t.started_ns - t.scheduled_ns > LATE_NS
     ]
-    complete = len(starts) == run.world_size
+    complete = len(starts) == len(run.active)
     return {
         "skew_s": (max(starts) - min(starts)) / NS if complete else None,
         "bound_s": sum(bounds[:2]) / NS if complete else None,
@@ -381,7 +381,7 @@ def harness(run: Run) -> dict[str, Any]:
     what disturbs a block only ever makes it longer.
     """
     costs, clocks, switches, delays = [], [], [], []
-    for record in run.present:
+    for record in run.present or run.left:  # of a window of one rank, nothing of it may be here
         raw = record.before["harness"]
         costs.append(min(raw["loop_ns"]) / raw["batches"])
         clocks.append(min(raw["clock_ns"]) / raw["reads"])

@@ -66,6 +66,7 @@ class Part:
         due_ns: when each row is due since the agreed instant, ns; None: at the instant.
         cut: whether ``SAMPLE_LIMIT`` or ``PLANNED_LIMIT`` cut the number of rows.
         made: how a schedule was drawn; None without one.
+        active: ranks that have a part, where not all do.
     """
 
     order: Indices
@@ -74,6 +75,7 @@ class Part:
     due_ns: Indices | None = None
     cut: bool = False
     made: dict[str, Any] | None = None
+    active: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -360,6 +362,8 @@ def choose_kept(rows: int, seed: int) -> list[int]:
         Rows, ascending.
     """
     parts = min(rows, KEPT_GROUPS)
+    if not parts:
+        return []
     edges = [rows * part // parts for part in range(parts + 1)]
     drawn = np.random.default_rng(seed).random(parts)
     return [

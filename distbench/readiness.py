@@ -113,6 +113,7 @@ def part_of(
     settings: Settings,
     rates: Sequence[float],
     slowest_ns: int,
+    ranks: Sequence[int] | None = None,
 ) -> Part:
     """Return this rank's part of a window; all ranks call it, and draw the same schedule.
 
@@ -123,16 +124,23 @@ def part_of(
         settings: of the window.
         rates: of all ranks' warm-ups, samples/s.
         slowest_ns: the longest group of these.
+        ranks: that have a part; the others get an empty one. None: all.
 
     Raises:
         UsageError: a rank would have nothing to do, or schedules differ; all ranks raise it.
     """
-    part = course.part(world.rank, sut, settings, rates)
+    active = range(world.world_size) if ranks is None else ranks
+    place = active.index(world.rank) if world.rank in active else 0
+    part = course.part(place, sut, settings, [rates[rank] for rank in active])
+    if ranks is not None:
+        rows = len(part.order) if world.rank in active else 0
+        due_ns = None if part.due_ns is None else part.due_ns[:rows]
+        part = replace(part, order=part.order[:rows], due_ns=due_ns, active=tuple(ranks))
     if part.made is None or settings.load is None:
         return part
     digest = {"the schedule": part.made["digest"]}
     world.agree("schedule", digest, "give every node the same trace file")
-    limit = backlog_limit(settings.load, world.world_size, slowest_ns)
+    limit = backlog_limit(settings.load, len(active), slowest_ns)
     return replace(part, made={**part.made, "backlog": limit})
 
 

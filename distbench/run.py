@@ -125,9 +125,21 @@ class Run:
         return next(r for r in self.records if r is not None)
 
     @property
-    def present(self) -> list[RankRecord]:
-        """The records there are."""
+    def active(self) -> list[int]:
+        """The ranks that had a part in this window: all of them, unless it was of some alone."""
+        every = list(range(self.world_size))
+        return [int(rank) for rank in self.first.before.get("active_ranks", every)]
+
+    @property
+    def left(self) -> list[RankRecord]:
+        """The records there are, those of ranks without a part in this window too."""
         return [r for r in self.records if r is not None]
+
+    @property
+    def present(self) -> list[RankRecord]:
+        """The records there are of the active ranks."""
+        active = set(self.active)
+        return [r for r in self.left if r.rank in active]
 
     @property
     def official(self) -> list[RankRecord]:
@@ -136,8 +148,8 @@ class Run:
 
     @property
     def missing(self) -> list[int]:
-        """Ranks that left nothing."""
-        return [rank for rank, record in enumerate(self.records) if record is None]
+        """Active ranks that left nothing."""
+        return [rank for rank in self.active if self.records[rank] is None]
 
     @property
     def scenario(self) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from distbench.errors import UsageError
 from distbench.load import Load
 from distbench.rules import parse_rules
+from distbench.scaling import Plan
 from distbench.search import LIMITS
 
 SAMPLE_LIMIT = 10_000_000
@@ -42,6 +43,7 @@ class Settings:
     model_name: str = ""
     dtype: str = ""
     load: Load | None = None
+    scaling: Plan | None = None
 
     @property
     def group(self) -> int:

@@ -86,7 +86,7 @@ def findings(
         ranks: times of all ranks; ``times`` without a driver.
     """
     run, headline = pool.run, scenario(pool.run.scenario).headline
-    found = [Finding(**note) for record in run.present for note in record.before["findings"]]
+    found = [Finding(**note) for record in run.left for note in record.before["findings"]]
     found += facts_found(run, ranks) + driver_found(run)
     found += measurement_found(pool, times, span, figures)
     unknown = figures[headline]["reason"] if headline in figures else "no query completed"
@@ -111,7 +111,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     first = run.first.before
     place = first.get("window") or {"number": None, "planned": None}
     return {
-        "world_size": run.world_size,
+        "world_size": len(run.active),
         "hosts": sorted({record.host for record in run.present}),
         "started_utc": first["started_utc"],
         "command": first["command"],
@@ -122,6 +122,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
         "number": place["number"],
         "planned": place["planned"],
         "search": place.get("search"),
+        "scaling": place.get("scaling"),
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

@@ -189,7 +189,7 @@ def verify(folder: Path) -> tuple[int, list[str]]:
         missing += [_absent(folder, rank) for rank in run.missing]
         # Samples that stayed on their ranks: the figures rest on folders that are elsewhere.
         whole = whole and not any("; it is on " in line for line in missing)
-        missing += [f"ranks/{r.rank:05d}: {r.problem}" for r in run.present if r.problem]
+        missing += [f"ranks/{r.rank:05d}: {r.problem}" for r in run.left if r.problem]
         if whole:
             wrong += check_figures(folder, computed)
     except UsageError as error:

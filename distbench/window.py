@@ -7,7 +7,7 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +48,20 @@ class Turn:
         planned: how many there are to be by the last decision; 0 for a command of one window.
         accurate: outputs of the accuracy pass, which the first window had, by sample index.
         search: of a peak search, its plan and what this window is in it.
+        scaling: of a scaling run, likewise.
     """
 
     number: int = 0
     planned: int = 0
     accurate: dict[int, Any] = field(default_factory=dict)
     search: dict[str, Any] | None = None
+    scaling: dict[str, Any] | None = None
 
     def told(self) -> dict[str, Any] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
         place = {"number": self.number, "planned": self.planned}
-        return {**place, "search": self.search} if self.planned else None
+        more = {"search": self.search, "scaling": self.scaling}
+        return {**place, **more} if self.planned else None
 
 
 def measure(
@@ -222,13 +225,7 @@ def window(
         # 5 ns a row: what it takes to fill one column of a touched map, with room to spare.
         plan = start.agree_start(world, "window", spin_ns, extra_ns=5 * log.capacity)
         log.scheduled[:] = plan.local_ns if part.due_ns is None else plan.local_ns + part.due_ns
-        recorder.after["plan"] = {
-            "reference_ns": plan.reference_ns,
-            "local_ns": plan.local_ns,
-            "attempts": plan.attempts,
-            "rehearsals_ns": list(plan.rehearsals_ns),
-            "margin_ns": plan.margin_ns,
-        }
+        recorder.after["plan"] = {**asdict(plan), "rehearsals_ns": list(plan.rehearsals_ns)}
 
         def begin() -> None:
             recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
@@ -239,7 +236,8 @@ def window(
         recorder.flying = True
         switches, delay_ns = schedstat()
         try:
-            course.drive(sut, log, part, collect, cue)
+            if part.active is None or world.rank in part.active:
+                course.drive(sut, log, part, collect, cue)
         except Exception as error:  # the SUT's own; its rows fail, the other ranks go on
             errors.insert(0, f"{type(error).__name__}: {error}".rstrip(": "))
             fail_rest(log)
@@ -256,7 +254,7 @@ def window(
         "quiet": {
             "involuntary_switches": switches_after - switches,
             "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
-            "window_ns": ended - recorder.after["started_ns"],
+            "window_ns": ended - (recorder.after["started_ns"] or ended),
         },
     }
     world.side.meet("window:end")

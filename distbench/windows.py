@@ -22,6 +22,7 @@ from distbench.metrics import NO_INTERVAL, metric
 from distbench.run import JUDGED_BY_ALL, Run
 from distbench.run import load_run as load_window
 from distbench.steady import Until, until_decision
+from distbench.sums import summed, summed_per_rank, total
 
 LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
@@ -131,6 +132,10 @@ def windows_result(
         from distbench.trail import searched  # noqa: PLC0415  it builds on this module
 
         return searched(results, problems or {}, launches[0])
+    if first["window"].get("scaling"):
+        from distbench.scaling import scaled  # noqa: PLC0415  likewise
+
+        return scaled(results, problems or {}, launches[0])
     rates = [each["metrics"]["throughput"]["value"] for each in every]
     reached = until(first["window"]["until"], rates)
     planned = _planned(every, reached)
@@ -147,7 +152,7 @@ def windows_result(
             "findings": [asdict(finding) for finding in found],
         },
         "metrics": _metrics(every, whole, bool(absent)),
-        "per_rank": _per_rank(every),
+        "per_rank": summed_per_rank(every),
         "clock": last["clock"],
         "start": {
             **max((each["start"] for each in every), key=lambda start: start["skew_s"] or 0.0),
@@ -157,9 +162,7 @@ def windows_result(
             **first["window"],
             "number": None,
             "planned": planned,
-            "samples": sum(each["window"]["samples"] for each in every),
-            "makespan_s": _sum(each["window"]["makespan_s"] for each in every),
-            "makespan_bound_s": _sum(each["window"]["makespan_bound_s"] for each in every),
+            **summed(every),
             "gpus": last["window"]["gpus"],
         },
     }
@@ -321,17 +324,12 @@ def line(name: str, result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sum(values: Any) -> float | None:
-    every = list(values)
-    return None if None in every else sum(every)
-
-
 def _metrics(
     results: Sequence[dict[str, Any]], reached: Until | None, gaps: bool
 ) -> dict[str, Any]:
     """Return throughput over all windows, and of the rest what holds for all of them."""
     done = sum(each["metrics"]["throughput"]["n"] for each in results)
-    seconds = _sum(each["window"]["makespan_s"] for each in results)
+    seconds = total(each["window"]["makespan_s"] for each in results)
     unknown = next((r for e in results if (r := e["window"]["makespan_reason"])), "")
     found = metric(
         done / seconds if seconds and not unknown else None,
@@ -357,37 +355,3 @@ def _metrics(
         "accuracy": results[0]["metrics"]["accuracy"],
         "memory.peak": peak,
     }
-
-
-def _per_rank(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return each rank's row, counts and times summed over the windows."""
-    rows: dict[int, list[dict[str, Any]]] = {}
-    for each in results:
-        for row in each["per_rank"]:
-            rows.setdefault(row["rank"], []).append(row)
-    total = sum(row["samples"] for same in rows.values() for row in same)
-    made = []
-    for _, same in sorted(rows.items()):
-        samples, finish = sum(row["samples"] for row in same), _sum(r["finish_s"] for r in same)
-        busy = _sum(
-            None if r["metrics"]["device_busy"] is None else r["metrics"]["device_busy"]
-            for r in same
-        )
-        made.append(
-            {
-                **same[-1],
-                "samples": samples,
-                "failed": sum(row["failed"] for row in same),
-                "pending": sum(row["pending"] for row in same),
-                "finish_s": finish,
-                "idle_s": _sum(row["idle_s"] for row in same),
-                "metrics": {
-                    **same[-1]["metrics"],
-                    "throughput": samples / finish if finish else None,
-                    "share": samples / total if total else None,
-                    "device_busy": None if busy is None else busy / len(same),
-                    "memory.peak": same[0]["metrics"]["memory.peak"],
-                },
-            }
-        )
-    return made

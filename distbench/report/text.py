@@ -6,6 +6,7 @@ from typing import Any
 
 from distbench.report.bounded import bound_lines, peak_lines, search_lines
 from distbench.report.central import driver_lines
+from distbench.report.scaling import efficiency_lines, scaling_lines
 from distbench.report.units import (
     FIRST_RANKS,
     WORST_RANKS,
@@ -34,8 +35,8 @@ def to_text(result: dict[str, Any]) -> str:
         result: the content of result.json.
     """
     lines = [_verdict(result), "", _headline(result), ""]
-    lines += [*peak_lines(result), *_throughput(result), ""]
-    trail = search_lines(result)
+    lines += [*peak_lines(result), *efficiency_lines(result), *_throughput(result), ""]
+    trail = search_lines(result) or scaling_lines(result)
     until = result["windows"] and not trail
     if not trail or "latency.p50" in result["metrics"]:
         lines += [*(_windows(result) if until else _latencies(result)), ""]
@@ -97,7 +98,7 @@ def _headline(result: dict[str, Any]) -> str:
             f"{load['arrival']} at {load['target_qps']:g} queries/s, {load['dispatch']} dispatch, "
             f"waiting at most {duration(load['max_wait_ns'] / 1e9)}"
         )
-    elif kind.drained:
+    elif kind.drained and "shares" in config:
         parts.append(f"shares {config['shares']['value']}")
     return "  ".join(parts)
 

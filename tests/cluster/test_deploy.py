@@ -70,6 +70,35 @@ def test_hosts_with_python_alone_give_a_number(hosts: SshHosts, wheelhouse: Path
     assert f"{HOME}/.distbench/venv-" in done.stderr
 
 
+def test_hosts_with_an_index_of_their_own_need_no_wheelhouse(
+    hosts: SshHosts, tmp_path: Path, wheelhouse: Path
+) -> None:
+    """The index is a folder that jw1 serves, which the hosts' own pip configuration names."""
+    for wheel in wheelhouse.glob("*.whl"):
+        project = tmp_path / "index" / wheel.name.partition("-")[0].lower().replace("_", "-")
+        project.mkdir(parents=True, exist_ok=True)
+        (project / wheel.name).symlink_to(wheel)
+    base = base_python()
+    serve = (base, "-m", "http.server", "--directory", str(tmp_path / "index"), "8000")
+    server = hosts.popen("jw1", *serve, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    told = "[global]\nindex-url = http://10.77.0.11:8000/\ntrusted-host = 10.77.0.11\n"
+    for name in ("jw2", "jw3"):
+        hosts.run(name, "sh", "-c", f"mkdir -p .config/pip; printf '{told}' >.config/pip/pip.conf")
+    argv = (base, str(REPO / "launch/ssh.py"), "--python", base, "--hosts", "jw2,jw3", "--deploy")
+    try:
+        done = hosts.run("jw1", *argv, timeout=FIRST_S)
+    finally:
+        server.kill()
+        server.wait(10)
+    assert done.returncode == 0, done.stderr
+    assert "2 wheels sent" in done.stderr, "pip and distbench"
+    (line,) = (each for each in done.stderr.splitlines() if "from now on without --deploy" in each)
+    python = line.partition("--python '")[2].rstrip("'").replace("~", str(HOME))
+    told = "import torch, distbench; print(torch.__version__)"
+    versions = {hosts.run(name, python, "-c", told).stdout for name in ("jw2", "jw3")}
+    assert len(versions) == 1 and versions != {""}, versions
+
+
 def test_a_wheelhouse_that_lacks_something_is_refused_with_pips_own_words(
     hosts: SshHosts, tmp_path: Path, wheelhouse: Path
 ) -> None:

@@ -19,14 +19,14 @@ LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching settings search histogram quantiles student stats steady run "
-    "windows times pool intervals metrics findings checks settled trust pace ruling verdict tried "
-    "trail report compare conditions launches wire pings liveness network cli joined waiting "
-    "frames dispatch driver talk",
+    "sums windows times pool intervals metrics findings checks settled trust pace ruling verdict "
+    "tried trail scaling report compare conditions launches wire pings liveness network cli joined "
+    "waiting frames dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command",
     # Scenarios.
-    "offline server singlestream multistream worker central spawn",
+    "offline server singlestream multistream worker central spawn coordinated",
     # Commands around runs.
     "plan verify salvage baseline",
 )

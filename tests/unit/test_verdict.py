@@ -70,6 +70,7 @@ REMEDIES = {
     "samples-capped": "give a shorter --duration",
     "samples-failed": "mend the model",
     "samples-missing": "return every group",
+    "scaling-contradicts": "the version of distbench that made it",
     "search-contradicts": "the version of distbench that made it",
     "shares-by-rate": "leave --shares rate out",
     "stamps-contradict": "let the engine stamp started and finished",
@@ -233,7 +234,7 @@ def test_disk_error(tmp_path: Path) -> None:
     assert state == "INCOMPLETE"
     assert about(finding) == ("incomplete", "disk-error", 1, "node-1")
     assert finding.message == f"rank 1 (node-1) could not write all its files: {said}"
-    assert "free space" in finding.remedy
+    assert "make room" in finding.remedy
 
 
 # Outputs
