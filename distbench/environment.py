@@ -7,6 +7,7 @@ guess. torch and pynvml are imported where they are used.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import socket
@@ -237,14 +238,27 @@ def _git(*command: str) -> str:
     return done.stdout.strip()
 
 
+def _built() -> dict[str, Any] | None:
+    """Return what the launcher wrote into the wheel of which this is; None for any other."""
+    info = _REPOSITORY / f"distbench-{distbench.__version__}.dist-info" / "built.json"
+    try:
+        found = json.loads(info.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def _git_commit() -> str:
+    built = _built()
+    if built is not None:
+        return str(_known(built.get("git_commit"), "it was deployed from no git checkout"))
     if Path(_git("rev-parse", "--show-toplevel")) != _REPOSITORY:
         raise _UnknownError("distbench is installed, not run from a checkout of its own")
     return _git("rev-parse", "--verify", "HEAD")
 
 
 def code_version() -> dict[str, str | None]:
-    """Return which distbench this is: its version, and its commit if it runs from a checkout."""
+    """Return which distbench this is: its version, and its commit if it comes from a checkout."""
     commit = None
     with suppress(_UnknownError):
         commit = _git_commit()
@@ -254,6 +268,9 @@ def code_version() -> dict[str, str | None]:
 def _git_dirty() -> bool:
     """Tell whether the package differs from the commit, files that git does not know included."""
     _git_commit()
+    built = _built()
+    if built is not None:
+        return bool(built.get("git_dirty"))
     return bool(_git("status", "--porcelain", "--", "distbench"))
 
 

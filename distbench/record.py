@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 OTHERS_S = 2.0
 """How long the reporting rank waits for the other ranks' files at an early end."""
 FLUSH_S = 0.5
-"""Between two flushes: a power cut then costs no row older than a second, if the disk takes less
-than half of one for a flush."""
+"""Between two flushes: a power cut then costs no row older than this and two flushes, so none older
+than a second where the disk takes less than a quarter of one for a flush."""
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ class Recorder:
 
     def _flush(self) -> None:
         while not self._closing:
-            self._wanted.wait(FLUSH_S if self.flying else None)
+            self._wanted.wait(FLUSH_S)
             self._wanted.clear()
             ended = self.log.ended[0]
             try:

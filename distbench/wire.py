@@ -325,7 +325,7 @@ def _tell_stray(connection: socket.socket, own: Seat) -> None:
         caller = str(connection.getpeername()[0])
         if caller not in _told:
             _told.add(caller)
-            sys.stderr.write(f"distbench: {own} hung up on {caller}: it has not this run's token\n")
+            sys.stderr.write(f"distbench: {own} hung up on {caller}: it showed no token of ours\n")
 
 
 def _greeted(connection: socket.socket, own: Seat, token: str) -> Link | None:

@@ -184,17 +184,27 @@ def take(payload: bytes) -> None:
     file = incoming.get(number)
     if file is None:
         return  # it failed before
-    told: dict[str, Any] | None = None
+    with contextlib.suppress(OSError):
+        try:
+            if not file.take(payload[4:]):
+                send(b"A", payload[:4])
+                return
+        except OSError as error:
+            answer(number, failed(error))
+        else:  # a flush may take longer than the launcher waits for an answer to its ping
+            threading.Thread(target=finish, args=(number, file), daemon=True).start()
+        del incoming[number]
+
+
+def finish(number: int, file: onhost.Incoming) -> None:
+    """Let a file that is here appear, and answer."""
     try:
-        told = {} if file.take(payload[4:]) else None
+        file.finish()
+        told: dict[str, Any] = {}
     except OSError as error:
         told = failed(error)
     with contextlib.suppress(OSError):
-        if told is None:
-            send(b"A", payload[:4])
-        else:
-            del incoming[number]
-            answer(number, told)
+        answer(number, told)
 
 
 def put(number: int, path: str, size: int, sha256: str) -> None:
@@ -234,6 +244,9 @@ def main() -> None:
     finally:
         with starting:
             closing.append(True)
+        for step in install.running:
+            with contextlib.suppress(OSError):
+                step.terminate()
         for file in incoming.values():
             with contextlib.suppress(OSError):
                 file.drop()

@@ -54,8 +54,9 @@ NAME = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.@-]*[A-Za-z0-9_])?")
 """Of a host, or an alias out of ssh_config, perhaps with USER@; never an option."""
 PING_S = 1.0
 PIECE = 1 << 18
-MOST_AHEAD = 16
-"""Pieces of a file that were sent and not acknowledged; pings must not wait behind more."""
+MOST_AHEAD = 4
+"""Pieces of a file that were sent and not acknowledged: less than ssh takes in by itself, so that
+no write waits for a host that has stopped."""
 MOST_BYTES = 64 << 20
 """Of a frame; the agent's longest, a list of a result's files, is far below it."""
 CLOSE_S = 2.0
@@ -133,7 +134,7 @@ class Channel:
         text = agent_text()
         self._threads = [
             threading.Thread(target=target, daemon=True)
-            for target in (self._listen, self._hear_errors, self._ping)
+            for target in (self._listen, self._hear_errors, self._ping, self._watch)
         ]
         for thread in self._threads:
             thread.start()
@@ -236,10 +237,11 @@ class Channel:
                 self._taken.pop(number, None)
 
     def give_up(self, why: str) -> None:
-        """Let every request that waits end with ``Lost``."""
+        """Let every request that waits end with ``Lost``, a write that waits too."""
         with self._changed:
             self.lost = self.lost or f"{self.host}: {why}"
             self._changed.notify_all()
+        self._ssh.kill()
 
     def close(self) -> None:
         """End the channel; the agent then ends what still runs on its host."""
@@ -280,10 +282,14 @@ class Channel:
         with contextlib.suppress(OSError):
             while not self.lost:
                 time.sleep(PING_S)
-                if time.monotonic() - self._heard > agent.SILENT_S:
-                    self.give_up(f"nothing came from it for {agent.SILENT_S:g} s")
-                    self._ssh.kill()
                 self._write(agent.HEAD.pack(b"P", 0))
+
+    def _watch(self) -> None:
+        """Notice silence; apart from ``_ping``, which may wait for a write."""
+        while not self.lost:
+            time.sleep(PING_S)
+            if time.monotonic() - self._heard > agent.SILENT_S:
+                self.give_up(f"nothing came from it for {agent.SILENT_S:g} s")
 
     def _hear_errors(self) -> None:
         assert self._ssh.stderr is not None

@@ -103,6 +103,16 @@ def alike(hosts: Sequence[Host], python: str) -> list[str]:
     return problems
 
 
+def shadowed(hosts: Sequence[Host]) -> list[str]:
+    """Return where another distbench stands before the one that was deployed."""
+    return [
+        f"{host.name}: {found} would be run in place of what was deployed: give another --dir, or "
+        "no PYTHONPATH"
+        for host in hosts
+        if (found := host.facts["distbench_at"]) and "/.distbench/" not in found
+    ]
+
+
 def busy(hosts: Sequence[Host], cpu: bool) -> list[str]:
     """Return which GPUs are in use, or are too few."""
     problems = []

@@ -1,8 +1,8 @@
 """The same environment on every host: a wheel of this clone, and the wheels that it needs.
 
 The wheel is written here with the standard library, because a control node may have neither pip nor
-setuptools; a test compares it with what setuptools writes. Its bytes depend on the sources alone,
-so its hash, with those of the other wheels, names the environment, and one that is there is used.
+setuptools; a test compares it with what setuptools writes. Its bytes depend on sources and commit
+alone, so that its hash, with those of the other wheels, names the environment: it is made once.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ import base64
 import configparser
 import hashlib
 import io
+import json
 import os
 import re
+import subprocess
 import sysconfig
 import tempfile
 import time
@@ -30,6 +32,7 @@ from streams import say
 INSTALL_S = 900.0
 STALL_S = 60.0
 """A host that takes nothing of a file for so long is lost."""
+REMEDY = "wheels must fit that host's Python and processor, an index must be in its reach"
 STAMP = (1980, 1, 1, 0, 0, 0)
 """Of every file in the wheel: the earliest that a zip archive can tell."""
 
@@ -75,6 +78,20 @@ def metadata() -> tuple[str, str, list[str]]:
     return version, "\n".join(lines) + "\n", wanted
 
 
+def built() -> dict[str, str | bool | None]:
+    """Return the commit of this clone and whether the package differs from it, for the record."""
+    told: list[str | None] = []
+    for words in (["rev-parse", "--verify", "HEAD"], ["status", "--porcelain", "--", "distbench"]):
+        argv = ["git", "--no-optional-locks", "-C", str(REPOSITORY), *words]
+        try:
+            done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=20)
+            told.append(done.stdout.strip() if done.returncode == 0 else None)
+        except (OSError, subprocess.TimeoutExpired):
+            told.append(None)
+    commit, changes = told
+    return {"git_commit": commit, "git_dirty": None if changes is None else bool(changes)}
+
+
 def write_wheel(folder: Path) -> Path:
     """Write the wheel of this clone into a folder; returns its path.
 
@@ -90,6 +107,7 @@ def write_wheel(folder: Path) -> Path:
     for name in ("LICENSE", "NOTICE"):
         files[f"{info}/licenses/{name}"] = (REPOSITORY / name).read_bytes()
     files[f"{info}/METADATA"] = told.encode()
+    files[f"{info}/built.json"] = json.dumps(built(), sort_keys=True).encode()
     wheel = "Wheel-Version: 1.0\nGenerator: distbench\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
     files[f"{info}/WHEEL"] = wheel.encode()
     record = io.StringIO()
@@ -144,29 +162,27 @@ def deploy(
         tool = pip_wheel(given)
         pip = [hashed(tool)] if tool else []
         wheels = [hashed(each) for each in given]
-        key = repr((python, sorted(each.sha for each in wheels), wanted, no_index)).encode()
-        deps = f"deps-{hashlib.sha256(key).hexdigest()[:16]}"
-        name = f"venv-{hashlib.sha256(key + own.sha.encode()).hexdigest()[:16]}"
+        told = repr((python, sorted(each.sha for each in wheels), wanted, no_index)).encode()
+        key = {"key": hashlib.sha256(told).hexdigest()[:16], "own": own.named}
 
-        def one(channel: Channel) -> list[str]:
+        def one(channel: Channel) -> dict[str, Any]:
             begin = time.monotonic()
-            lacked = channel.ask("lacking", ASK_S, name=name, wheels=named(*wheels, *pip, own))
-            common: dict[str, Any] = {"timeout_s": INSTALL_S, "pip": pip[0].named if pip else []}
+            every = [*wheels, *pip, own]
+            lacked = channel.ask("lacking", ASK_S, wheels=named(*every), **key)
             if not lacked["made"]:
-                send(channel, [e for e in (*wheels, *pip, own) if e.sha in lacked["wheels"]])
-                take: dict[str, Any] = {"wheels": named(*wheels, *pip), "no_index": no_index}
-                channel.ask("make", name=deps, wanted=wanted, below="", **take, **common)
-            take = {"wheels": named(*pip, own), "no_index": True}
-            told = channel.ask(
-                "make", name=name, wanted=["distbench"], below=deps, **take, **common
-            )
-            say(f"{channel.host}: {told['python']} after {time.monotonic() - begin:.0f} s")
-            return [str(each) for each in told["packages"]]
+                send(channel, [each for each in every if each.sha in lacked["wheels"]])
+            take: dict[str, Any] = {"wanted": wanted, "wheels": named(*wheels, *pip)}
+            take |= {"pip": pip[0].named if pip else [], "no_index": no_index}
+            try:
+                made = channel.ask("make", INSTALL_S, **take, **key)
+            except Refused as error:
+                raise Refused(f"{error}: {REMEDY}") from error
+            say(f"{channel.host}: {made['python']} after {time.monotonic() - begin:.0f} s")
+            return made
 
-        told, wrong = at_once(channels, one)
-    remedy = "wheels must fit the hosts' Python and processor, an index must be in their reach"
-    wrong = [f"--deploy: {each}: {remedy}" for each in wrong] or unlike(channels, told)
-    return f"~/.distbench/{name}/bin/python", wrong
+        made, wrong = at_once(channels, one)
+    wrong = [f"--deploy: {each}" for each in wrong] or unlike(channels, made)
+    return "" if wrong else str(made[0]["python"]), wrong
 
 
 def named(*wheels: Wheel) -> list[list[str]]:
@@ -193,14 +209,15 @@ def send(channel: Channel, wheels: Sequence[Wheel]) -> None:
     say(f"{channel.host}: {len(wheels)} wheels sent, {sent / 1e6:.0f} MB in {took:.0f} s")
 
 
-def unlike(channels: Sequence[Channel], told: Sequence[list[str]]) -> list[str]:
-    """Return in what the hosts' packages differ from the first host's: an index may change."""
+def unlike(channels: Sequence[Channel], made: Sequence[dict[str, Any]]) -> list[str]:
+    """Return in what the hosts' packages differ from the first host's: an index changes."""
     problems = []
-    for channel, packages in zip(channels[1:], told[1:], strict=True):
-        differ = sorted(set(packages) ^ set(told[0]))
+    for channel, each in zip(channels[1:], made[1:], strict=True):
+        differ = sorted(set(each["packages"]) ^ set(made[0]["packages"]))
         if differ:
             problems.append(
-                f"--deploy: {channel.host} and {channels[0].host} got different packages "
-                f"({', '.join(differ[:6])}): give both the same index, or a --wheelhouse"
+                f"--deploy: {channel.host} and {channels[0].host} have different packages "
+                f"({', '.join(differ[:6])}): delete {each['deps']} there and "
+                f"{made[0]['deps']} here, and deploy again, or give a --wheelhouse"
             )
     return problems

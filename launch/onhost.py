@@ -40,6 +40,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+def origin() -> str:
+    """Return where distbench would be imported from, "" for nowhere."""
+    spec = importlib.util.find_spec("distbench")
+    return spec.origin or "" if spec else ""
+
+
 def gpus() -> list[dict[str, str]]:
     """Return the GPUs that nvidia-smi tells of, with the processes on each; none without it."""
     tool = shutil.which("nvidia-smi")
@@ -91,6 +97,7 @@ def facts(folder: str, output: str, make: bool) -> dict[str, Any]:
         "python": sys.executable,
         "folder": str(Path.cwd()),
         "versions": versions(),
+        "distbench_at": origin(),
         "gpus": gpus(),
         "output": str(where),
         "free_bytes": shutil.disk_usage(there).free,
@@ -233,13 +240,24 @@ class Incoming:
                 return False
             if self._left or self._digest.hexdigest() != self._sha256:
                 raise OSError(f"{self._path} changed on its way")
+        except OSError:
+            self.drop()
+            raise
+        return True
+
+    def finish(self) -> None:
+        """Let it appear, once it is on the disk.
+
+        Raises:
+            OSError: the disk refused it.
+        """
+        try:
             os.fsync(self._file.fileno())
             self._file.close()
             self._part.rename(self._path)
         except OSError:
             self.drop()
             raise
-        return True
 
     def drop(self) -> None:
         """Take away what came so far."""

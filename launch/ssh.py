@@ -32,7 +32,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from channel import Channel, Lost, Refused
-from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, sharing
+from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, shadowed, sharing
 from collect import EXIT_STRICT, account, collect, exit_status, names, verified
 from deploy import deploy
 from options import ENV_FILE, Options, given, parse
@@ -92,6 +92,7 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
         count = host.processes or (1 if cpu else max(1, len(facts["gpus"])))
         hosts.append(replace(host, processes=count, facts=facts))
     problems = alike(hosts, options.python) + busy(hosts, cpu)
+    problems += shadowed(hosts) if options.deploy else []
     _, unreached = reached(channels, hosts, options.master_port)
     if problems + unreached:
         raise Unfit(*problems, *unreached)

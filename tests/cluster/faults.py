@@ -10,6 +10,7 @@ import base64
 import io
 import json
 import os
+import random
 import shlex
 import signal
 import subprocess
@@ -117,7 +118,11 @@ def to_model(kind: str) -> Callable[[SshHosts, object], object]:
 
 
 def power_cut(hosts: SshHosts, _: object) -> None:
-    """Cut jw3's power; what had reached its disk is then mounted on jw1."""
+    """Cut jw3's power; what had reached its disk is then mounted on jw1.
+
+    At any phase of the flushes, and when there have been some.
+    """
+    time.sleep(1 + random.random())
     image = hosts.power_cut_with_disk("jw3")
     done = hosts.run(
         "jw1", "sh", "-c", f"mkdir {IMAGE}; mount -o loop {shlex.quote(str(image))} {IMAGE}"
@@ -186,7 +191,7 @@ def once(hosts: SshHosts, name: str) -> Seen:
         status=found["verdict"]["status"],
         named=list(dict.fromkeys(f["rank"] for f in blamed if f["rank"] is not None)),
         left=sum(map(len, remaining.values())),
-        lost=sum(completed(hosts, host, path) - rows.get(RANKS[host], 0) for host in disks),
+        lost=sum(max(0, completed(hosts, host, path) - rows.get(RANKS[host], 0)) for host in disks),
         oldest_lost_s=oldest_lost_s(hosts, path) if name == POWER_CUT else 0.0,
         said=said,
     )

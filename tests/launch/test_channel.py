@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import agent
+import channel as channel_module
 import pytest
 from channel import PIECE, Channel, Lost, Refused, remote_line, ssh_argv
 from hypothesis import HealthCheck, given, settings
@@ -203,6 +206,28 @@ def test_a_channel_that_ends_amid_a_file_leaves_no_part_of_it(shell: Path, tmp_p
     while [*to.iterdir()]:
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+def test_a_host_that_stops_amid_a_file_is_given_up(
+    shell: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its silence, though more was sent than anything between takes in, or by Ctrl-C."""
+    monkeypatch.setattr(agent, "SILENT_S", 2.0)
+    monkeypatch.setattr(channel_module, "MOST_AHEAD", 1000)
+    source = tmp_path / "file"
+    source.write_bytes(bytes(64 << 20))
+    for interrupt in (False, True):
+        with opened() as (made, _):
+            pid = made._ssh.pid  # the stand-in for ssh has become the agent
+            made.ask("tree", 10, folder=str(tmp_path))
+            os.kill(pid, signal.SIGSTOP)
+            begin = time.monotonic()
+            if interrupt:
+                threading.Timer(0.5, made.give_up, ["interrupted"]).start()
+            with pytest.raises(Lost, match="interrupted" if interrupt else "nothing came from it"):
+                made.put(source, str(tmp_path / "to"), "0" * 64, 60)
+            assert time.monotonic() - begin < 10
+        assert not (tmp_path / "to").exists()
 
 
 def fake_python(folder: Path, says: str) -> str:

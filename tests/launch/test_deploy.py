@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
+import inspect
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
 from email import message_from_bytes
 from pathlib import Path
+from typing import Any
 
 import deploy
 import install
@@ -76,12 +80,42 @@ def test_the_wheel_is_what_setuptools_makes_of_this_clone(tmp_path: Path) -> Non
         assert int(size) == len(made[name])
 
 
-def test_the_wheels_bytes_depend_on_the_sources_alone(tmp_path: Path) -> None:
-    folders = [tmp_path / "a", tmp_path / "b"]
-    for folder in folders:
-        folder.mkdir()
-    one, other = (deploy.write_wheel(folder).read_bytes() for folder in folders)
-    assert one == other
+def test_the_wheels_bytes_depend_on_sources_and_commit_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither on when and how the files came here nor on what was compiled beside them."""
+    monkeypatch.setattr(deploy, "built", lambda: {"git_commit": "c", "git_dirty": False})
+    one = deploy.write_wheel(tmp_path).read_bytes()
+    tree = tmp_path / "tree"
+    shutil.copytree(REPO / "distbench", tree / "distbench")
+    for name in ("setup.cfg", "LICENSE", "NOTICE"):
+        shutil.copy(REPO / name, tree)
+    for number, path in enumerate(sorted((tree / "distbench").rglob("*.py"))):
+        os.utime(path, (number * 1e6, number * 1e6))
+        path.chmod(0o600 if number % 2 else 0o755)
+    monkeypatch.setattr(deploy, "REPOSITORY", tree)
+    assert deploy.write_wheel(tmp_path / "tree").read_bytes() == one
+    monkeypatch.setattr(deploy, "built", lambda: {"git_commit": "d", "git_dirty": False})
+    assert deploy.write_wheel(tmp_path).read_bytes() != one
+
+
+def test_the_wheel_tells_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clone's, and none where there is no git; the record reads it out of the environment."""
+    commit = "1" * 40
+    monkeypatch.setattr(deploy, "built", lambda: {"git_commit": commit, "git_dirty": True})
+    with zipfile.ZipFile(deploy.write_wheel(tmp_path)) as archive:
+        archive.extractall(tmp_path / "site")
+    program = "import json; from distbench import environment as e;"
+    program += "print(json.dumps([e._FIELDS['git_commit'](), e._FIELDS['git_dirty']()]))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+    argv = [sys.executable, "-c", program]
+    done = subprocess.run(
+        argv, cwd=tmp_path, env=env, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.stdout == f'["{commit}", true]\n', done.stderr
+    monkeypatch.undo()
+    monkeypatch.setattr(deploy, "REPOSITORY", tmp_path)
+    assert deploy.built() == {"git_commit": None, "git_dirty": None}
 
 
 @pytest.fixture
@@ -101,55 +135,125 @@ def stored(home: Path, *wheels: Path) -> list[list[str]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "own_pip",
-    [
-        pytest.param(True, id="pip sent"),
-        pytest.param(False, id="ensurepip", marks=pytest.mark.slow),
-    ],
-)
+def packages(told: dict[str, Any]) -> list[str]:
+    return [each for each in told["packages"] if not each.startswith("Python ")]
+
+
 def test_an_environment_is_made_once_of_the_wheels_that_were_sent(
-    home: Path, tmp_path: Path, own_pip: bool
+    home: Path, tmp_path: Path
 ) -> None:
     house = tmp_path / "house"
     needed = small_wheel(house, "needed", "1.5", "value = 5\n")
-    below = small_wheel(house, "lower", "2.0", "import needed\n", "needed>=1.0")
-    top = small_wheel(house, "upper", "0.1", "import lower\n", "absent>=9")
-    pip = [deploy.pip_wheel([])] if own_pip else []
-    assert all(each is not None for each in pip), "this Python has no ensurepip"
-    tools = stored(home, *(each for each in pip if each))
-    tool = tools[0] if tools else []
-    deps = [*stored(home, needed, below), *tools]
-    install.make("deps-1", ["lower"], deps, tool, True, "")
-    told = install.make("venv-1", ["upper"], [*stored(home, top), *tools], tool, True, "deps-1")
-    ours = [
-        each for each in told["packages"] if each.partition("==")[0] not in ("pip", "setuptools")
-    ]
-    version = f"Python {sys.version_info.major}.{sys.version_info.minor}"
-    assert ours == [version, "lower==2.0", "needed==1.5", "upper==0.1"]
-    argv = [told["python"], "-c", "import upper; print(upper.lower.needed.value)"]
+    below = small_wheel(house, "Lower_one", "2.0", "import needed\n", "needed>=1.0")
+    own = stored(home, small_wheel(house, "distbench", "0.1", "import Lower_one as l\n", "x>=9"))[0]
+    deps = stored(home, needed, below)
+    made = ("k", own, ["lower-one>=1"], deps, [], True)
+    told = install.make(*made)
+    assert packages(told) == ["distbench==0.1", "lower_one==2.0", "needed==1.5"]
+    assert told["packages"][0] == f"Python {sys.version_info[0]}.{sys.version_info[1]}"
+    python = Path(told["python"]).expanduser()
+    argv = [python, "-I", "-c", "import distbench; print(distbench.l.needed.value)"]
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "5\n"
-    assert install.lacking("venv-1", deps) == {"made": True, "wheels": []}
-    before = (home / "venv-1" / "complete").stat().st_mtime_ns
-    assert install.make("venv-1", ["upper"], [], tool, True, "deps-1") == told
-    assert (home / "venv-1" / "complete").stat().st_mtime_ns == before
-    # One that was left half made is made anew.
-    (home / "venv-1" / "complete").unlink()
-    next((home / "venv-1").glob("lib/python3*/site-packages/upper.py")).write_text("broken")
-    install.make("venv-1", ["upper"], [*stored(home, top), *tools], tool, True, "deps-1")
+    assert install.lacking("k", own, deps) == {"made": True, "wheels": []}
+    whole = [Path(told[each]).expanduser() for each in ("python", "deps")]
+    whole = [whole[0].parent.parent / "complete", whole[1] / "complete"]
+    before = [each.stat().st_mtime_ns for each in whole]
+    assert install.make(*made) == told
+    assert [each.stat().st_mtime_ns for each in whole] == before
+    # One that was left half made is made anew, and one whose lower half was deleted.
+    whole[0].unlink()
+    next(whole[0].parent.glob("lib/python3*/site-packages/distbench.py")).write_text("broken")
+    assert not install.lacking("k", own, deps)["made"]
+    install.make(*made)
+    assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "5\n"
+    shutil.rmtree(whole[1].parent)
+    assert not install.lacking("k", own, deps)["made"]
+    install.make(*made)
     assert subprocess.run(argv, capture_output=True, text=True, check=True).stdout == "5\n"
 
 
-def test_what_pip_says_is_told_and_nothing_counts_as_made(home: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_nothing_but_the_wheels_is_taken_whatever_the_host_is_set_to(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent, other = tmp_path / "sent", tmp_path / "other"
+    small_wheel(other, "lower", "3.0", "")
+    own, deps = stored(
+        home, small_wheel(sent, "distbench", "0.1", ""), small_wheel(sent, "lower", "2.0", "")
+    )
+    monkeypatch.setenv("PIP_FIND_LINKS", str(other))
+    monkeypatch.setenv("PIP_TARGET", str(tmp_path / "elsewhere"))
+    told = install.make("k", own, ["lower"], [deps], [], True)
+    assert packages(told) == ["distbench==0.1", "lower==2.0"]
+
+
+def test_what_pip_says_is_told_and_nothing_is_left(home: Path, tmp_path: Path) -> None:
     wheels = stored(home, small_wheel(tmp_path / "house", "lower", "2.0", "", "needed>=1.0"))
-    pip = deploy.pip_wheel([])
-    assert pip is not None
-    tool = stored(home, pip)[0]
     with pytest.raises(OSError, match="No matching distribution found for needed"):
-        install.make("deps-1", ["lower"], [*wheels, tool], tool, True, "")
-    assert not install.lacking("deps-1", wheels)["made"]
+        install.make("k", wheels[0], ["lower"], wheels, [], True)
+    assert not install.lacking("k", wheels[0], wheels)["made"]
     missing = [["0" * 64, "other-1.0-py3-none-any.whl"]]
-    assert install.lacking("deps-1", [*wheels, *missing])["wheels"] == ["0" * 64]
+    assert install.lacking("k", wheels[0], [*wheels, *missing])["wheels"] == ["0" * 64]
+    assert sorted(path.name for path in home.iterdir()) == ["lock", "wheels"]
+
+
+@pytest.mark.slow
+def test_an_environment_that_lacks_what_pip_was_asked_for_is_no_environment(
+    home: Path, tmp_path: Path
+) -> None:
+    """Such as one that another tool has changed."""
+    house = tmp_path / "house"
+    own, deps = stored(
+        home, small_wheel(house, "distbench", "0.1", ""), small_wheel(house, "lower", "2.0", "")
+    )
+    told = install.make("k", own, ["lower"], [deps], [], True)
+    (site,) = Path(told["deps"]).expanduser().glob("lib/python3*/site-packages")
+    shutil.rmtree(site / "lower-2.0.dist-info")
+    with pytest.raises(OSError, match="has no lower, though pip said so: delete "):
+        install.make("k", own, ["lower"], [deps], [], True)
+
+
+def test_pip_comes_from_the_hosts_python_or_else_from_the_wheels(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = install._pip(home, ["0" * 64, "pip-1-py3-none-any.whl"])
+    assert "ensurepip" in own[0] or "python-wheels" in own[0]
+    monkeypatch.setattr(install.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(install.sysconfig, "get_config_var", lambda _name: None)
+    sent = install._pip(home, ["0" * 64, "pip-1-py3-none-any.whl"])
+    assert sent == [str(home / "wheels" / ("0" * 64) / "pip-1-py3-none-any.whl" / "pip")]
+    with pytest.raises(OSError, match="has no pip: install Debian's python3-venv there, or put"):
+        install._pip(home, [])
+
+
+def test_the_folders_tell_the_hosts_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = install.names("k", ["f" * 64, "x"])
+    monkeypatch.setattr(install.sys, "version_info", (3, 99, 0))
+    assert set(install.names("k", ["f" * 64, "x"])).isdisjoint(before)
+
+
+def test_the_lock_outlives_an_agent_that_is_killed(home: Path) -> None:
+    """What a step still writes must not meet the next launch."""
+    home.mkdir(parents=True)
+    holder = (home / "lock").open("a")
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    argv = [
+        sys.executable,
+        "-I",
+        "-S",
+        "-c",
+        "import sys; print('up', flush=True); sys.stdin.read()",
+    ]
+    # As ``_step`` starts it, but with a stdin to end it by.
+    child = subprocess.Popen(argv, stdin=-1, stdout=-1, text=True, pass_fds=[holder.fileno()])
+    assert child.stdout is not None and child.stdout.readline() == "up\n"
+    holder.close()
+    with (home / "lock").open("a") as other:
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        child.communicate("", timeout=20)
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert "pass_fds=[lock]" in inspect.getsource(install._step)
 
 
 class FakeChannel(Channel):
@@ -165,13 +269,14 @@ class FakeChannel(Channel):
             return {"made": False, "wheels": []}
         if self.error:
             raise Refused(f"{self.host}: {self.error}")
-        return {"python": "/home/x/bin/python", "packages": self.packages}
+        return {"python": "~/x/bin/python", "deps": "~/deps", "packages": self.packages}
 
 
 def test_hosts_that_got_different_packages_are_refused() -> None:
     channels = [FakeChannel("jw2", ["a==1", "b==2"]), FakeChannel("jw3", ["a==1", "b==3"])]
     _, wrong = deploy.deploy(channels, "python3", None, False)
-    assert len(wrong) == 1 and "jw3 and jw2 got different packages (b==2, b==3)" in wrong[0]
+    assert len(wrong) == 1 and "jw3 and jw2 have different packages (b==2, b==3)" in wrong[0]
+    assert "delete ~/deps there and ~/deps here" in wrong[0]
 
 
 def test_a_host_on_which_pip_fails_is_named() -> None:
@@ -184,20 +289,18 @@ def test_the_environment_is_named_by_what_is_in_it(tmp_path: Path) -> None:
     house = tmp_path / "house"
     small_wheel(house, "lower", "2.0", "")
 
-    def name(python: str, wheelhouse: Path | None) -> tuple[str, object]:
+    def key(python: str, wheelhouse: Path | None) -> object:
         channel = FakeChannel("jw2", ["a==1"])
         path, wrong = deploy.deploy([channel], python, wheelhouse, wheelhouse is not None)
-        assert not wrong
-        return path, channel.asked[1][1]["name"]
+        assert (path, wrong) == ("~/x/bin/python", [])
+        return channel.asked[1][1]["key"]
 
-    first, deps = name("python3", house)
-    assert name("python3", house) == (first, deps)
-    assert first.startswith("~/.distbench/venv-") and first.endswith("/bin/python")
-    others = [name("python3.12", house), name("python3", None)]
+    first = key("python3", house)
+    assert key("python3", house) == first
+    others = [key("python3.12", house), key("python3", None)]
     small_wheel(house, "lower", "2.0", "changed = 1\n")
-    others.append(name("python3", house))
-    assert len({first, *(path for path, _ in others)}) == 4
-    assert len({deps, *(each for _, each in others)}) == 4
+    others.append(key("python3", house))
+    assert len({first, *others}) == 4
 
 
 @pytest.mark.parametrize(

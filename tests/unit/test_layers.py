@@ -210,7 +210,7 @@ def test_what_is_harmless_passes() -> None:
 def test_the_public_names() -> None:
     assert sorted(distbench.__all__) == [
         "Done", "Load", "Run", "SystemUnderTest", "Windows", "World", "join", "load_run",
-        "run_multistream", "run_offline", "run_server", "run_singlestream",
+        "run_coordinated", "run_multistream", "run_offline", "run_server", "run_singlestream",
     ]  # fmt: skip
 
 

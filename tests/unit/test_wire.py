@@ -150,7 +150,7 @@ def test_a_stray_is_dropped_and_told_and_the_real_rank_is_still_accepted(
         assert told in (b"", frame(wire.HELLO, json.dumps(asdict(ZERO)).encode()))
         if TOKEN.encode() not in said:
             assert told == b""
-            line = "distbench: rank 0 (jw2) hung up on 127.0.0.1: it has not this run's token\n"
+            line = "distbench: rank 0 (jw2) hung up on 127.0.0.1: it showed no token of ours\n"
             assert capsys.readouterr().err == line
     close(here, there)
 
