@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from distbench.bounds import Bound
 from distbench.judged import stream_estimate_ns
+from distbench.laps import laps
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
 from distbench.samples import FAILED, PENDING
@@ -283,8 +284,8 @@ def facts(record: RankRecord) -> dict[str, Any]:
         stream the issue, and completion of the last query); None where there is none;
         ``contradicting`` groups, whose stamps by the engine cannot be true; ``tokens`` and
         ``short`` queries of a token model; for each series of the scenario ``[n, largest, sum]``;
-        and ``own``, this rank's latencies at some percentiles, ns, and early stopping's estimate in
-        a stream, where a rank's alone mean something.
+        ``laps``; and ``own``, this rank's latencies at some percentiles, ns, and early stopping's
+        estimate in a stream, where a rank's alone mean something.
     """
     kind = _kind(record)
     completed, scheduled = record.column("completed"), record.column("scheduled")
@@ -303,6 +304,7 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "last_done_ns": int(completed[-1]) if len(completed) and completed[-1] >= 0 else None,
         "contradicting": _contradicting(record),
         **_tokens(record),
+        "laps": laps(record),
         "series": {name: _sums(series(record, name)) for name in kind.series},
         "own": {} if kind.drained else _own(series(record, "latency"), kind),
     }

@@ -78,8 +78,8 @@ def lag1(series: Floats) -> float:
     return float(np.sum(apart[1:] * apart[:-1])) / power if power > 0 else 0.0
 
 
-def _memory(series: Floats, fitted: int) -> float:
-    """Return by how much the variance of a mean, or a trend, grows by a series' memory.
+def memory(series: Floats, fitted: int) -> float:
+    """Return by how much the variance of a mean (1 fitted), or a trend (2), grows by memory.
 
     That of a first-order autoregression, (1 + r) / (1 - r). The estimate of r is low by about
     (f + (f + 2) r) / n where f parameters were fitted, 1 for a mean and 2 for a line, which is put
@@ -157,7 +157,7 @@ def _cut_errors(head: Floats, tail: Floats) -> float:
         return 0.0
     means = np.array([part.mean() for part in np.array_split(tail, batches)])
     shares = len(tail) / batches / len(head) + 1 / batches
-    variance = float(np.var(means, ddof=1)) * _memory(means, 1) * shares
+    variance = float(np.var(means, ddof=1)) * memory(means, 1) * shares
     return _errors(abs(float(head.mean() - tail.mean())), math.sqrt(variance))
 
 
@@ -232,7 +232,7 @@ def trend(series: Floats | NDArray[np.int64]) -> Trend | None:
     variance -= float(np.sum(ties * (ties - 1) * (2 * ties + 5))) / 18
     step = float(np.median(apart / (late - early)))
     rest = values - step * np.arange(points)
-    variance *= _memory(rest, 2)
+    variance *= memory(rest, 2)
     p = math.erfc(abs(score) / math.sqrt(2 * variance)) if variance > 0 else 1.0
     change = last / first - 1 if first else None
     errors = _thirds_errors(values) if points >= THIRDS_LEAST else 0.0
@@ -252,10 +252,10 @@ def _thirds_errors(values: Floats) -> float:
         level = third - third.mean()
         rests.append(level - at * float(at @ level) / float(at @ at))
     noise = median(float(rest @ rest) / (len(rest) - 2) for rest in rests)
-    memory = median(_memory(rest, 2) for rest in rests)
+    kept = median(memory(rest, 2) for rest in rests)
     shares = 1 / len(thirds[0]) + 1 / len(thirds[2])
     apart = abs(float(np.median(thirds[2]) - np.median(thirds[0])))
-    return _errors(apart, math.sqrt(noise * memory * shares))
+    return _errors(apart, math.sqrt(noise * kept * shares))
 
 
 def rate_interval(counts: NDArray[np.int64], slot_s: float, conf: float = 0.95) -> Interval:
@@ -388,7 +388,7 @@ def until_decision(
         return Until(False, look, 1, None, None, None, None)
     values = np.asarray(rates, np.float64)
     mean = float(np.mean(values))
-    error = float(np.std(values, ddof=1)) * math.sqrt(_memory(values, 1) / n)
+    error = float(np.std(values, ddof=1)) * math.sqrt(memory(values, 1) / n)
     half = t_quantile(1 - (1 - conf) / (2 * LOOKS), n - 1) * error
     done = n in (look, most) and half <= rel * mean
     last = done or n >= most

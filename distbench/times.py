@@ -41,6 +41,7 @@ class RankTimes:
         short: completed queries with fewer than two tokens, or without a first.
         own: its own latencies at some percentiles, ns, by the metric's name.
         series: number, largest and sum of each series, ns.
+        laps: its times per sample, lap by lap; see ``laps``.
         contradicting: groups whose stamps by the engine cannot be true; no series has them.
     """
 
@@ -64,6 +65,7 @@ class RankTimes:
     own: Mapping[str, int] = field(default_factory=dict)
     series: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
     contradicting: int = 0
+    laps: dict[str, Any] | None = None
 
 
 def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes:
@@ -110,6 +112,7 @@ def rank_times(run: Run, record: RankRecord, found: dict[str, Any]) -> RankTimes
         own=found["own"],
         series={name: (n, most, total) for name, (n, most, total) in found["series"].items()},
         contradicting=found["contradicting"],
+        laps=found["laps"],
     )
 
 

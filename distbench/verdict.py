@@ -12,6 +12,7 @@ from distbench.bounds import bounds_found, bounds_of
 from distbench.checks import facts_found
 from distbench.findings import Finding, status, worst_first
 from distbench.joined import driver_found, driver_section, worker_times
+from distbench.laps import stragglers_found
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
 from distbench.ruling import bounds_table, marginal, ruled
@@ -87,7 +88,7 @@ def findings(
     """
     run, headline = pool.run, scenario(pool.run.scenario).headline
     found = [Finding(**note) for record in run.left for note in record.before["findings"]]
-    found += facts_found(run, ranks) + driver_found(run)
+    found += facts_found(run, ranks) + driver_found(run) + stragglers_found(run, ranks)
     found += measurement_found(pool, times, span, figures)
     unknown = figures[headline]["reason"] if headline in figures else "no query completed"
     if headline not in figures or figures[headline]["value"] is None:

@@ -28,6 +28,8 @@ LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
 RULED = (None, "VALID", "SHORTENED", "INVALID")
 """Words of the rules, the worst last."""
+NOTED = (JUDGED_BY_ALL, "straggler")
+"""Codes of notes that stand there as well."""
 SHOWN = 8
 """Windows that a finding names."""
 GAPS = "windows are missing, so those that are left are no sample of them"
@@ -287,7 +289,7 @@ def lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
     seen: dict[tuple[str, str, int | None], list[tuple[str, dict[str, Any]]]] = {}
     for name, each in results.items():
         for found in each["verdict"]["findings"]:
-            if found["level"] in LIFTED or found["code"] == JUDGED_BY_ALL:
+            if found["level"] in LIFTED or found["code"] in NOTED:
                 key = (found["level"], found["code"], found["rank"])
                 seen.setdefault(key, []).append((name, found))
     return [

@@ -73,6 +73,7 @@ REMEDIES = {
     "scaling-contradicts": "the version of distbench that made it",
     "search-contradicts": "the version of distbench that made it",
     "shares-by-rate": "leave --shares rate out",
+    "straggler": "that host's clocks, temperature",
     "stamps-contradict": "let the engine stamp started and finished",
     "start-late": "more ranks than cores",
     "throttled": "check power limit, cooling",
