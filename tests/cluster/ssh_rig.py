@@ -36,6 +36,8 @@ Host *
 
 def available() -> str:
     """Say in one sentence why these hosts cannot be made here; empty when they can."""
+    if shutil.which("mkfs.ext4", path="/usr/sbin:/sbin:" + os.environ.get("PATH", "")) is None:
+        return "The launcher's tests need `mkfs.ext4` (package e2fsprogs)."
     if SSHD is None or shutil.which("ssh") is None:
         return "The launcher's tests need `sshd` and `ssh` (package openssh-server)."
     return rig.available()
