@@ -12,6 +12,7 @@ begin apart, and interference, by which ranks are slower together than alone.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -25,7 +26,7 @@ from distbench.offline import OFFLINE
 from distbench.scaling import KINDS, Cell, Plan, cells, sized
 from distbench.server import OPTIONS as SERVER_OPTIONS
 from distbench.server import SERVER, paced_by_trace
-from distbench.settings import Settings, script_settings
+from distbench.settings import SAMPLE_LIMIT, Settings, script_settings
 from distbench.sut import Indices, SystemUnderTest
 
 if TYPE_CHECKING:
@@ -78,12 +79,13 @@ def run_coordinated(
         duration_s,
         warmup_s,
         timeout_s,
+        samples="gather",
         batch_size=batch_size,
         seed=seed,
         output_dir=output_dir,
         name=name or "coordinated",
         quiet=quiet,
-        load=load,
+        load=None if load is None else usable(load, plan.kind),
         scaling=plan,
     )
     return measure_joined(measure_coordinated, sut, world, settings)  # type: ignore[return-value]
@@ -108,9 +110,15 @@ def measure_coordinated(sut: SystemUnderTest, world: World, settings: Settings) 
     except UsageError as error:
         problem = error
     world.check("world sizes", problem)
-    prepared = prepare(course, sut, world, settings)
-    folder = record.name_folder(world, settings.output_dir, course.scenario, settings.name)
     planned = cells(plan)
+    if settings.load is not None:  # too few queries for a rank are told before the warm-up
+        for cell in planned:
+            drawn = of_cell(settings, plan, cell, ())
+            course.part(0, sut, drawn, [1.0] * len(cell.ranks))
+    every = Cell(tuple(range(world.world_size)), 0)
+    first = settings if settings.load is None else of_cell(settings, plan, every, ())
+    prepared = prepare(course, sut, world, first)
+    folder = record.name_folder(world, settings.output_dir, course.scenario, settings.name)
     turn, results = Turn(planned=len(planned)), dict[str, dict[str, Any]]()
     for cell in planned:
         turn.scaling = {"plan": asdict(plan), "cell": asdict(cell)}
@@ -142,7 +150,8 @@ def of_cell(settings: Settings, plan: Plan, cell: Cell, rates: Sequence[float]) 
     """Return the settings of one window.
 
     In Offline a rank alone gets what the slowest one does in ``--duration``; in whole groups, so
-    that all windows use one shape. In Server a rank alone is offered ``--target-qps``.
+    that all windows use one shape, for strong scaling in a number of them that all sizes divide. In
+    Server a rank alone is offered ``--target-qps``.
 
     Args:
         settings: of the command.
@@ -154,10 +163,31 @@ def of_cell(settings: Settings, plan: Plan, cell: Cell, rates: Sequence[float]) 
     if settings.load is not None:
         qps = settings.load.target_qps * (size if plan.kind == "weak" else 1)
         return replace(settings, load=settings.load.at(qps), seed=seed)
-    alone = min(rates) * settings.duration_ns / 1e9
-    each = alone if plan.kind == "weak" else alone / size
-    groups = max(1, round(each / settings.batch_size))
-    return replace(settings, num_samples=groups * settings.batch_size * size, seed=seed)
+    batch = settings.batch_size
+    groups = max(1, round(min(rates) * settings.duration_ns / 1e9 / batch))
+    most = SAMPLE_LIMIT // batch
+    if plan.kind == "weak":
+        return replace(settings, num_samples=min(groups, most // size) * batch * size, seed=seed)
+    once = math.lcm(*plan.sizes)  # the same number of groups in every window, and on every rank
+    total = max(1, round(min(groups, most) / once)) * once
+    return replace(settings, num_samples=total * batch, seed=seed)
+
+
+def usable(load: Load, kind: str) -> Load:
+    """Return the load of a rank alone, at the rate of its trace where it has one.
+
+    Raises:
+        UsageError: it cannot be scaled.
+    """
+    if load.searched:
+        raise UsageError("--target-qps auto searches for a peak: give the rate of one rank")
+    if load.dispatch != "static":
+        raise UsageError("scaling deals queries out before each window: give --dispatch static")
+    if load.arrival.startswith("trace:") and kind == "weak":
+        raise UsageError(
+            "a trace has one rate, which several ranks share: give --scaling strong with it"
+        )
+    return paced_by_trace(load)
 
 
 def _tell(name: str, cell: Cell, result: dict[str, Any]) -> None:
@@ -201,9 +231,10 @@ def read_plan(values: Values) -> dict[str, Any]:
         v["latency_bound"] or (),
     )  # fmt: skip
     return {
-        "load": paced_by_trace(load) if server else None,
+        "load": usable(load, v["scaling"]) if server else None,
         "scaling": Plan(v["world_sizes"] or (), v["rounds"], v["scaling"]),
         "name": v["name"] or "coordinated",
+        "samples": "gather",
     }
 
 

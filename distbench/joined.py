@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 from distbench.clock import ClockModel
 from distbench.errors import DRIVER, where
 from distbench.findings import Finding
-from distbench.pool import NONE, OWN, facts, of_every_query, possible, series, stamp
+from distbench.pool import NONE, OWN, facts, of_every_query, series, stamp
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Rows, Run
-from distbench.times import RankTimes, rank_times
+from distbench.times import RankTimes, possible, rank_times
 
 NS = 1e9
 

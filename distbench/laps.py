@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from distbench.findings import Finding
 from distbench.run import RankRecord, Run
+from distbench.samples import FAILED
 from distbench.scenarios import scenario
 from distbench.steady import memory
 from distbench.student import t_quantile
-from distbench.times import RankTimes
+from distbench.times import RankTimes, possible
 
 LAPS, LEAST_LAPS, LAP_GROUPS = 64, 8, 2
 """Laps at most and at least, and groups of a lap at least."""
@@ -38,20 +39,25 @@ def laps(record: RankRecord) -> dict[str, Any] | None:
 
     Returns:
         ``samples`` and ``took_ns`` of each lap, and ``ends_ns``, when each ended since the agreed
-        instant, where a rank works without waiting; None with too few groups. A lap's time is that
-        from the end of the one before, or, where queries come by a schedule, the sum of the
-        engine's times for its groups, without its stamps of those from issue to completion.
+        instant, where a rank works without waiting; None with too few groups, or where a group
+        failed, whose time would count without its samples. A lap's time is that from the end of the
+        one before, or, where queries come by a schedule, the sum of the engine's times. Those say
+        nothing of a rank's pace, so that there is None, where queries are batched or overlap in the
+        engine, since both depend on the load, and where the engine does not stamp each of them.
     """
     columns = {name: record.first_rows(name) for name in ("issued", "completed", "count")}
     order = np.argsort(columns["completed"], kind="stable")
     issued, completed, counts = (columns[name][order] for name in columns)
     number = min(LAPS, len(order) // LAP_GROUPS)
-    if number < LEAST_LAPS:
+    if number < LEAST_LAPS or (record.column("completed") == FAILED).any():
         return None
     edges: NDArray[np.int64] = np.arange(number + 1) * len(order) // number
     samples = np.add.reduceat(counts, edges[:-1])
     if scenario(record.before["scenario"]).open_loop:
-        took = np.add.reduceat(_engine_ns(record, order, completed - issued), edges[:-1])
+        each = _served_ns(record, order, counts)
+        if each is None:
+            return None
+        took = np.add.reduceat(each, edges[:-1])
         return {"samples": samples.tolist(), "took_ns": took.tolist(), "ends_ns": None}
     ends = completed[edges[1:] - 1]
     took = np.diff(ends, prepend=issued.min())
@@ -63,13 +69,17 @@ def laps(record: RankRecord) -> dict[str, Any] | None:
     }
 
 
-def _engine_ns(
-    record: RankRecord, order: NDArray[np.int64], without: NDArray[np.int64]
-) -> NDArray[np.int64]:
+def _served_ns(
+    record: RankRecord, order: NDArray[np.int64], counts: NDArray[np.int64]
+) -> NDArray[np.int64] | None:
+    """Return the engine's time for each query, in order; None where it is no pace."""
     started, finished = (record.first_rows(name) for name in ("started", "finished"))
-    if not (len(started) == len(finished) == len(order)) or not (started > 0).all():
-        return without
-    return np.asarray((finished - started)[order])
+    if len(started) != len(order) or not possible(record.first_rows, started).all():
+        return None
+    started, finished = started[order], finished[order]
+    if (counts != 1).any() or (started[1:] < finished[:-1]).any():
+        return None
+    return np.asarray(finished - started)
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ def lags(times: Sequence[RankTimes]) -> list[Lag | None]:
     Returns:
         Of each rank in order; None for the fastest, and where there are too few laps.
     """
-    known = {place: t.laps for place, t in enumerate(times) if t.laps}
+    known = {place: t.laps for place, t in enumerate(times) if t.laps and sum(t.laps["took_ns"])}
     if len(known) < 2:
         return [None] * len(times)
     paces = {place: _pace(each) for place, each in known.items()}
@@ -146,11 +156,11 @@ def _pace(found: dict[str, Any]) -> tuple[float, float, int]:
 
 
 def _last(known: dict[int, dict[str, Any]]) -> dict[int, float]:
-    """Return how often each was the last of all to end a lap."""
-    if any(each["ends_ns"] is None for each in known.values()):
+    """Return how often each was the last of all to end a lap; none where laps are not alike."""
+    numbers = {len(each["ends_ns"] or ()) for each in known.values()}
+    if len(numbers) > 1 or 0 in numbers:
         return {}
-    number = min(len(each["ends_ns"]) for each in known.values())
-    ends = np.array([each["ends_ns"][:number] for each in known.values()])
+    ends = np.array([each["ends_ns"] for each in known.values()])
     last = np.argmax(ends, axis=0)
     return {place: float(np.mean(last == row)) for row, place in enumerate(known)}
 

@@ -126,12 +126,16 @@ def _arrivals(run: Run, times: list[RankTimes], lost: str) -> dict[str, dict[str
     queries = sum(t.ok + t.failed + t.pending for t in times)
     if any((record.after or {}).get("halted") for record in run.present):
         lost = lost or "the window was given up"
-    last = max(times, key=since_start_ns)
+    last = max(times, key=since_start_ns, default=None)
+    lost = lost or "nothing of its ranks is here" * (last is None)
     done_ns = None
-    if last.last_done_ns is not None and last.scheduled_ns is not None:
+    if last is not None and last.last_done_ns is not None and last.scheduled_ns is not None:
         done_ns = last.last_done_ns - last.scheduled_ns
     rates = {
-        "throughput.scheduled": (since_start_ns(last), "(queries - 1) / schedule of the last one"),
+        "throughput.scheduled": (
+            None if last is None else since_start_ns(last),
+            "(queries - 1) / schedule of the last one",
+        ),
         "throughput.completed": (
             done_ns,
             "(queries - 1) / completion of the query that was scheduled last, on "
@@ -266,8 +270,8 @@ def memory_peak(record: RankRecord) -> int | None:
 
 def _memory(run: Run) -> dict[str, Any]:
     later = (run.first.before.get("window") or {}).get("number", 0) > 0
-    known = [peak for r in run.present if (peak := memory_peak(r)) is not None]
-    on_gpu = any(r.before["device"]["type"] == "cuda" for r in run.present)
+    known = [peak for r in run.left if (peak := memory_peak(r)) is not None]
+    on_gpu = any(r.before["device"]["type"] == "cuda" for r in run.left)
     what = "device memory allocated by torch" if on_gpu else "resident memory of the process"
     if not known:
         reason = LATER_WINDOW if later else "not recorded"

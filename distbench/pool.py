@@ -22,6 +22,7 @@ from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
 from distbench.samples import FAILED, PENDING
 from distbench.scenarios import Scenario, scenario
+from distbench.times import possible
 
 Series = NDArray[np.int64]
 NONE = 2**63 - 1
@@ -92,23 +93,6 @@ def _service(record: RankRecord) -> Series:
     started, finished = record.first_rows("started"), record.first_rows("finished")
     true = possible(record.first_rows, started)
     return np.asarray(finished[true] - started[true])
-
-
-def possible(stamps: Callable[[str], Series], started: Series) -> NDArray[np.bool_]:
-    """Tell which groups, or which samples, have stamps of the engine that can be true.
-
-    A group is handed over before the engine starts it, and has ended there before it completes:
-    issued <= started <= finished <= completed. Stamps of another clock, or swapped, break that.
-
-    Args:
-        stamps: returns a column by its name.
-        started: one of them; empty where the log has none.
-    """
-    finished = stamps("finished")
-    if len(started) == 0 or len(finished) == 0:
-        return np.zeros(len(started), np.bool_)
-    inside = (stamps("issued") <= started) & (finished <= stamps("completed"))
-    return np.asarray(inside & (started <= finished) & (started != 0) & (finished != 0))
 
 
 def _contradicting(record: RankRecord) -> int:

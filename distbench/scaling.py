@@ -22,6 +22,7 @@ from distbench.errors import UsageError
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import metric
 from distbench.ruling import table
+from distbench.scenarios import scenario
 from distbench.student import t_quantile
 from distbench.sums import summed, summed_per_rank
 from distbench.windows import absent_found, lifted, line, number
@@ -29,7 +30,6 @@ from distbench.windows import absent_found, lifted, line, number
 KINDS = ("weak", "strong")
 CONFIDENCE = 0.95
 LOSSES = ("imbalance", "finish", "start", "interference")
-NO_LOSSES = "queries come by a schedule, so a rank that waits for them has lost nothing"
 COLUMNS = (
     ("ranks", "", "how many, from rank 0 on"),
     ("rounds", "", "in which all windows are known"),
@@ -48,6 +48,7 @@ COLUMNS = (
     ("finish", "", "loss because ranks ended apart beyond that"),
     ("start", "", "loss because ranks began late, beyond their lateness alone"),
     ("interference", "", "loss because ranks are slower together than alone"),
+    *((f"{name}_half", "", f"half of the 95 % interval of {name}") for name in LOSSES),
     ("latency_p99", "s", "largest over rounds"),
 )
 ALONE = (
@@ -105,11 +106,17 @@ def sized(plan: Plan, world_size: int) -> Plan:
     """
     powers = {1 << power for power in range(world_size.bit_length())} | {1, world_size}
     sizes = plan.sizes or tuple(sorted(each for each in powers if each <= world_size))
+    if world_size < 2:
+        raise UsageError(
+            "one rank scales over nothing: start two or more (torchrun --nproc-per-node, --nnodes)"
+        )
     wrong = [each for each in sizes if not 1 <= each <= world_size]
     if wrong:
         raise UsageError(
             f"--world-sizes {wrong[0]}: this run has {world_size} ranks, so give 1 to {world_size}"
         )
+    if max(sizes) < 2:
+        raise UsageError("--world-sizes 1 compares a rank with itself: give a larger one as well")
     return Plan(tuple(sorted(set(sizes))), plan.rounds, plan.kind)
 
 
@@ -129,12 +136,12 @@ class Reading:
     """What one window says.
 
     Attributes:
-        rate: samples/s of all its ranks; None where it is unknown.
+        rate: samples/s of all its ranks; None where it, or what was offered, is unknown.
         makespan_s: of it.
         samples: by rank.
         idle_s: by rank, from its last completion to the last one of all, on rank 0's clock.
         late_s: by rank, from the agreed instant to the start of its loop.
-        offered: queries/s of the schedule; None where all samples are there at once.
+        offered: queries / schedule of the last one, queries/s; None where all are there at once.
         p99_s: latency; None without one.
     """
 
@@ -150,18 +157,21 @@ class Reading:
 def reading(result: Mapping[str, Any]) -> Reading:
     """Read what scaling needs out of a window's result."""
     rows, late = result["per_rank"], result["start"]["lateness_s"]
-    known = {
-        name: result["metrics"].get(name, {}).get("value")
-        for name in ("throughput.scheduled", "latency.p99")
-    }
+    rate, offered = result["metrics"]["throughput"]["value"], None
+    if scenario(result["scenario"]).open_loop:
+        # LoadGen's rate leaves out one query, of which windows of several ranks have fewer.
+        scheduled = result["metrics"].get("throughput.scheduled", {}).get("value")
+        queries = sum(row["samples"] + row["failed"] + row["pending"] for row in rows)
+        offered = scheduled * queries / (queries - 1) if scheduled and queries > 1 else None
+        rate = rate if offered else None
     return Reading(
-        result["metrics"]["throughput"]["value"],
+        rate,
         result["window"]["makespan_s"],
         {row["rank"]: row["samples"] for row in rows},
         {row["rank"]: row["idle_s"] for row in rows},
         {row["rank"]: each for row, each in zip(rows, late, strict=True)},
-        known["throughput.scheduled"],
-        known["latency.p99"],
+        offered,
+        result["metrics"].get("latency.p99", {}).get("value"),
     )
 
 
@@ -178,47 +188,61 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
 def efficiency(together: Reading, alone: Mapping[int, Reading]) -> float:
     """Return what is left of what ranks do alone; all rates are known.
 
-    Of queries that come by a schedule, each window counts by the share of its own schedule that
-    completed: how many queries were drawn is luck, and no property of the ranks.
+    Of queries that come by a schedule, each window counts by the share of its own schedule that it
+    keeps up with: how many queries were drawn is luck, and no property of the ranks.
     """
-    if together.offered and all(each.offered for each in alone.values()):
-        kept = sum(e.rate or 0.0 for e in alone.values()) / sum(
-            e.offered or 0.0 for e in alone.values()
-        )
-        return (together.rate or 0.0) / together.offered / kept
-    return (together.rate or 0.0) / sum(each.rate or 0.0 for each in alone.values())
+    rates = sum(each.rate or 0.0 for each in alone.values())
+    if together.offered is None:
+        return (together.rate or 0.0) / rates
+    kept = rates / sum(each.offered or 0.0 for each in alone.values())
+    return (together.rate or 0.0) / together.offered / kept
 
 
-def losses(together: Reading, alone: Mapping[int, Reading]) -> dict[str, float] | None:
-    """Say where a window's efficiency went; the four parts are exactly 1 - efficiency.
+Round = tuple[Reading, Mapping[int, Reading]]
+"""The window of several ranks, and of each of them alone, by rank."""
+
+
+def losses(rounds: Sequence[Round]) -> list[dict[str, float]]:
+    """Say where each round's efficiency went; the four parts are exactly 1 - efficiency.
 
     All are shares of what the ranks could have done alone in the window's makespan M, sum of
     rate_r M. Of rank r, which did n_r and ended e_r after the agreed instant, that is lost in time
     M - n_r / rate_r = (M - e_r) + (late_r - late alone) + the rest, weighted by rate_r.
 
     Args:
-        together: the window of several ranks.
-        alone: of each of them, in the same round.
+        rounds: of one number of ranks; their rates are known.
 
     Returns:
-        By name, or None where something is unknown.
+        By name, of each round in which all times are known.
     """
+    ranks = list(rounds[0][1]) if rounds else []
+    # What a rank does alone, over all rounds: the largest of single windows would be luck.
+    means = {rank: fmean(alone[rank].rate or 0.0 for _, alone in rounds) for rank in ranks}
+    made = [_losses(together, alone, means) for together, alone in rounds]
+    return [each for each in made if each is not None]
+
+
+def _losses(
+    together: Reading, alone: Mapping[int, Reading], means: Mapping[int, float]
+) -> dict[str, float] | None:
     span, parts = together.makespan_s, dict.fromkeys(LOSSES, 0.0)
-    if not span or any(not each.rate for each in alone.values()):
+    if not span:
         return None
-    rates = {rank: each.rate or 0.0 for rank, each in alone.items()}
-    takes = {rank: together.samples.get(rank, 0) / rate for rank, rate in rates.items()}
-    capacity = span * sum(rates.values())
-    for rank, rate in rates.items():
+    foreseen = {rank: together.samples.get(rank, 0) / rate for rank, rate in means.items()}
+    capacity = span * sum(each.rate or 0.0 for each in alone.values())
+    for rank, own in alone.items():
         idle, late = together.idle_s.get(rank), together.late_s.get(rank)
-        before = alone[rank].late_s.get(rank)
-        if idle is None or late is None or before is None:
+        before, did = own.late_s.get(rank), own.samples.get(rank, 0)
+        if idle is None or late is None or before is None or not own.rate or not did:
             return None
-        foreseen = max(takes.values()) - takes[rank]
-        parts["imbalance"] += rate * foreseen / capacity
-        parts["finish"] += rate * (idle - foreseen) / capacity
-        parts["start"] += rate * (late - before) / capacity
-        parts["interference"] += rate * (span - idle - late - (takes[rank] - before)) / capacity
+        # Of what this work would take alone, its part of the lateness there.
+        takes, share = together.samples.get(rank, 0) / own.rate, together.samples.get(rank, 0) / did
+        waits = max(foreseen.values()) - foreseen[rank]
+        weight = own.rate / capacity
+        parts["imbalance"] += weight * waits
+        parts["finish"] += weight * (idle - waits)
+        parts["start"] += weight * (late - share * before)
+        parts["interference"] += weight * (span - idle - late - (takes - share * before))
     return parts
 
 
@@ -241,9 +265,10 @@ def scaled(
     plan = Plan(tuple(told["sizes"]), told["rounds"], told["kind"])
     planned = cells(plan)
     read = {cell_of(each): reading(each) for each in every}
-    rows = [_row(size, plan, read, every[0]["scenario"]) for size in plan.sizes]
+    drained = scenario(every[0]["scenario"]).drained
+    rows = [_row(size, plan, read, drained) for size in plan.sizes]
     found = absent_found(results, len(planned), problems) + _contradictions(results, planned)
-    whole = not found
+    whole = not found and rows[-1][1] == plan.rounds
     found = worst_first(found + lifted(results))
     largest = [each for each in every if len(cell_of(each).ranks) == max(plan.sizes)] or every[-1:]
     base = largest[-1]
@@ -297,31 +322,34 @@ def _contradictions(
     return []
 
 
-def _rounds(size: int, plan: Plan, read: Mapping[Cell, Reading]) -> list[Any]:
-    """Return (window of all, windows alone by rank) of each round in which all are known."""
-    ranks, made = tuple(range(size)), []
+def _rounds(size: int, plan: Plan, read: Mapping[Cell, Reading]) -> list[Round]:
+    """Return each round in which all windows are known."""
+    ranks, made = tuple(range(size)), list[Round]()
     for each in range(plan.rounds):
         together = read.get(Cell(ranks, each))
-        alone = {rank: read.get(Cell((rank,), each)) for rank in ranks}
-        if together and together.rate and all(a is not None and a.rate for a in alone.values()):
+        alone = {rank: found for rank in ranks if (found := read.get(Cell((rank,), each)))}
+        rates = [found.rate for found in alone.values() if found.rate]
+        if together is not None and together.rate and len(rates) == size:
             made.append((together, alone))
     return made
 
 
-def _row(size: int, plan: Plan, read: Mapping[Cell, Reading], scenario: str) -> list[Any]:
+def _row(size: int, plan: Plan, read: Mapping[Cell, Reading], drained: bool) -> list[Any]:
     """Return one size's row of the table."""
     rounds = _rounds(size, plan, read)
     if not rounds:
         return [size, 0, *[None] * (len(COLUMNS) - 2)]
-    sums = [sum(each.rate for each in alone.values()) for _, alone in rounds]
-    rates = [together.rate for together, _ in rounds]
+    sums = [sum(each.rate or 0.0 for each in alone.values()) for _, alone in rounds]
+    rates = [together.rate or 0.0 for together, _ in rounds]
     left = interval([efficiency(together, alone) for together, alone in rounds])
-    speedup = fmean(rate / alone[0].rate for rate, (_, alone) in zip(rates, rounds, strict=True))
-    parts = [losses(together, alone) for together, alone in rounds]
-    known = [each for each in parts if each is not None]
-    shares: list[float | None] = [None] * len(LOSSES)
-    if known and scenario == "offline" and size > 1:
-        shares = [fmean(each[name] for each in known) for name in LOSSES]
+    first = [alone[0].rate or 1.0 for _, alone in rounds]
+    speedup = fmean(rate / one for rate, one in zip(rates, first, strict=True))
+    parts = losses(rounds) if drained and size > 1 else []
+    shares: list[float | None] = [None] * (2 * len(LOSSES))
+    if parts:
+        found = [interval([each[name] for each in parts]) for name in LOSSES]
+        shares = [mean for mean, _, _ in found]
+        shares += [None if high is None else high - mean for mean, _, high in found]
     p99 = [together.p99_s for together, _ in rounds if together.p99_s is not None]
     row = [size, len(rounds), fmean(rates), fmean(sums), *left, speedup]
     return [*row, *shares, max(p99, default=None)]
@@ -352,9 +380,9 @@ def _metrics(
     """Return efficiency and throughput of the most ranks, and what the first window alone has."""
     named = {name: value for (name, _, _), value in zip(COLUMNS, last, strict=True)}
     size, rounds = named["ranks"], named["rounds"]
-    reason = "" if whole and rounds else "windows are missing, or their throughput is unknown"
+    reason = "" if whole else "windows are missing, or the throughput of some is unknown"
     what, base = "throughput", "sum of what each does"
-    if first["scenario"] == "server":
+    if not scenario(first["scenario"]).drained:
         what, base = "completed share of the offered rate", "that of each"
     left = metric(
         named["efficiency"] if not reason else None,
@@ -363,7 +391,7 @@ def _metrics(
         f"{what} of {size} ranks / {base} alone, within a round; {plan.kind} scaling",
         reason=reason,
     )
-    rates = [together.rate for together, _ in _rounds(size, plan, read)]
+    rates = [together.rate or 0.0 for together, _ in _rounds(size, plan, read)]
     mean, low, high = interval(rates) if rates else (None, None, None)
     throughput = metric(
         mean if not reason else None,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from distbench.errors import DRIVER
-from distbench.run import RankRecord, Run
+from distbench.run import RankRecord, Rows, Run
 
 LATE_NS = 100_000
 """A loop that begins later than this after the agreed instant was not on time.
@@ -173,3 +176,20 @@ def _list(ranks: list[int]) -> str:
         return "the driver"
     shown = "rank " + ", ".join(str(r) for r in sorted(set(ranks))[:8])
     return shown + (" and others" if len(set(ranks)) > 8 else "")
+
+
+def possible(stamps: Callable[[str], Rows], started: Rows) -> NDArray[np.bool_]:
+    """Tell which groups, or which samples, have stamps of the engine that can be true.
+
+    A group is handed over before the engine starts it, and has ended there before it completes:
+    issued <= started <= finished <= completed. Stamps of another clock, or swapped, break that.
+
+    Args:
+        stamps: returns a column by its name.
+        started: one of them; empty where the log has none.
+    """
+    finished = stamps("finished")
+    if len(started) == 0 or len(finished) == 0:
+        return np.zeros(len(started), np.bool_)
+    inside = (stamps("issued") <= started) & (finished <= stamps("completed"))
+    return np.asarray(inside & (started <= finished) & (started != 0) & (finished != 0))

@@ -41,6 +41,7 @@ def measurement_found(
     own: list[RankTimes | None] = list(times if run.driver is None else worker_times(run))
     for record, t in [*zip(run.present, own, strict=True), *((d, None) for d in _driver(run))]:
         found += _interference(record, t, scenario(run.scenario))
+    for record in [*run.left, *_driver(run)]:  # a rank without a part may lend its clock to others
         found += _clock(run, record)
     return found + pace_found(pool, times, span, figures)
 

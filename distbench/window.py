@@ -186,9 +186,11 @@ def _check_accuracy(
         )
     indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
     if turn.number == 0:
-        # Windows keep outputs of the same rows: those of other samples are not needed.
+        # Windows keep outputs of the same rows: those of other samples are not needed. Not so where
+        # a rank may rest in the first one, and each round has its own order.
         group = prepared.part.group
         near = {i for row in kept for i in log.index[row : row + group].tolist()}
+        near = near if turn.scaling is None else set(accurate)
         turn.accurate = {index: accurate[index] for index in near & accurate.keys()}
     recorder.after["outputs"] = finish.check_outputs(
         kept, indices_of, turn.accurate, finish.tolerance(sut)

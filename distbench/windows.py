@@ -29,7 +29,7 @@ LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 RULED = (None, "VALID", "SHORTENED", "INVALID")
 """Words of the rules, the worst last."""
 NOTED = (JUDGED_BY_ALL, "straggler")
-"""Codes of notes that stand there as well."""
+"""Codes of notes that stand there as well; of a straggler, where most windows name it."""
 SHOWN = 8
 """Windows that a finding names."""
 GAPS = "windows are missing, so those that are left are no sample of them"
@@ -292,6 +292,8 @@ def lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
             if found["level"] in LIFTED or found["code"] in NOTED:
                 key = (found["level"], found["code"], found["rank"])
                 seen.setdefault(key, []).append((name, found))
+    # Of many windows one may name a rank by chance.
+    several = sum(len(each["per_rank"]) > 1 for each in results.values())
     return [
         Finding(
             **{
@@ -302,6 +304,7 @@ def lifted(results: Mapping[str, dict[str, Any]]) -> list[Finding]:
             }
         )
         for same in seen.values()
+        if same[0][1]["code"] != "straggler" or 2 * len(same) > several
     ]
 
 

@@ -38,13 +38,15 @@ def scaling_lines(result: dict[str, Any]) -> list[str]:
         line += [_rate(row["throughput"]), _rate(row["alone"])]
         line += [_share(row[each]) for each in ("efficiency", "ci_low", "ci_high")]
         line.append("?" if row["speedup"] is None else f"{row['speedup']:.3f}")
-        line += (
-            [_percent(row[each]) for each in LOSSES] if split else [duration(row["latency_p99"])]
-        )
+        parts = [_part(row[each], row[f"{each}_half"]) for each in LOSSES]
+        line += parts if split else [duration(row["latency_p99"])]
         shown.append(line)
     lines = table(shown)
     if split:
-        lines.append("the parts of the loss sum to 1 - efficiency; a negative one is a gain")
+        lines.append(
+            "the parts of the loss sum to 1 - efficiency; +- is half of a 95 % interval, and below "
+            "zero is a gain"
+        )
     return [*lines, "", *_alone(result), "each window has a report of its own under windows/"]
 
 
@@ -64,5 +66,7 @@ def _share(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _part(value: float | None, half: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" + (f" +-{half:.1%}" if half is not None else "")

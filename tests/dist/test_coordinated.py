@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from distbench.load import Load
@@ -139,3 +140,41 @@ def test_more_ranks_than_there_are_is_refused_on_all(tmp_path: Path) -> None:
     told = run_ranks(_too_many, 2, str(tmp_path))
     assert all("--world-sizes 3: this run has 2 ranks, so give 1 to 2" in each for each in told)
     assert [*tmp_path.iterdir()] == []
+
+
+class Scored(Sleep):
+    """Has held-out samples, so that outputs of a window are held against those of the pass."""
+
+    held_out = np.arange(64)
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(MS // 10, total=64)
+        self.rank, self.armed = rank, False
+
+    def score(self, indices: Any, outputs: Any) -> tuple[int, int]:
+        self.armed = True  # the first window is over
+        return sum(int(a == b) for a, b in zip(indices, outputs, strict=True)), len(indices)
+
+    def poll(self, until_ns: int) -> list[Done]:
+        wrong = self.armed and self.rank == 2
+        done = super().poll(until_ns)
+        return [each._replace(outputs=each.outputs + 1) if wrong else each for each in done]
+
+
+def _three(out: str) -> tuple[dict[str, Any], str]:
+    return _scaled(out, Scored, Plan((1, 2, 3), 2), batch_size=8, duration_s=0.2)
+
+
+@SLOW
+def test_outputs_of_ranks_that_rested_first_are_checked_as_well(tmp_path: Path) -> None:
+    """Sizes 1, 2, 3: rank 2 answers wrongly from the second window on, rank 0 is scored first."""
+    (result, folder), *_ = run_ranks(_three, 3, str(tmp_path))
+    codes = {each["code"]: each["rank"] for each in result["verdict"]["findings"]}
+    assert codes.get("outputs-differ") == 2, codes
+    assert result["verdict"]["status"] == "INVALID"
+    assert [row["ranks"] for row in rows(result)] == [1, 2, 3]
+    assert result["metrics"]["memory.peak"]["n"] == 3
+    assert result["metrics"]["accuracy"]["value"] is not None
+    assert verify(Path(folder)) == (0, [])
+    windows = [load_run(Path(folder) / each["path"]).result() for each in result["windows"]]
+    assert [len(each["per_rank"]) for each in windows] == [1, 1, 1, 2, 3, 3, 2, 1, 1, 1]

@@ -69,6 +69,47 @@ def test_queries_by_a_schedule_count_by_the_engines_time(tmp_path: Path) -> None
     assert found["rank"] == 1 and "laps" not in found["message"]
 
 
+def test_under_a_schedule_only_single_stamped_queries_tell_a_pace(tmp_path: Path) -> None:
+    """Batches and overlap depend on the load, and time without stamps holds the waiting."""
+
+    def laps_of(name: str, **change: Any) -> list[Any]:
+        def altered(ranks: list[Any]) -> None:
+            served([queries(64, 10 * MS, served=np.full(64, MS))] * 2)(ranks)
+            for column, shift in change.items():
+                getattr(ranks[1].log, column)[5:7] += shift
+
+        folder = make_run(tmp_path / name, change=altered)
+        result = load_run(folder).result()
+        assert not [f for f in result["verdict"]["findings"] if f["code"] == "straggler"]
+        return [laps(record) for record in load_run(folder).present]
+
+    assert all(laps_of("plain"))
+    zero, one = laps_of("unstamped", started=-(10**18))
+    assert zero is not None and one is None
+    zero, one = laps_of("overlapping", started=-1, finished=11 * MS, completed=11 * MS)
+    assert zero is not None and one is None
+
+
+def test_an_engine_that_takes_no_time_is_held_against_nobody() -> None:
+    assert lags([times(0, [0] * 9), times(1, [1] * 9), times(2, [2] * 9)])[2] is not None
+    assert lags([times(0, [0] * 9), times(1, [1] * 9)]) == [None, None]
+
+
+def test_a_rank_whose_groups_fail_is_no_straggler_by_that(tmp_path: Path) -> None:
+    def fail(ranks: list[Any]) -> None:
+        row = ranks[1].row(3)
+        ranks[1].log.completed[row] = -2
+
+    folder = make_run(tmp_path / "r", groups=(40, 40), change=fail)
+    zero, one = (laps(record) for record in load_run(folder).present)
+    assert zero is not None and one is None
+
+
+def test_laps_of_other_sizes_are_not_compared_one_by_one() -> None:
+    found = only([times(0, np.full(16, 100)), times(1, np.full(32, 60))])
+    assert found.last is None and found.slower > 0
+
+
 def test_a_slower_rank_is_named_with_what_it_costs(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", groups=(40, 40), group_ns=(100 * MS, 110 * MS))
     state, found = reported(folder)
