@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
-from distbench.cli import Option, Values, one_of, positive, positive_duration_ns
+from distbench.cli import Option, Values, one_of, positive, positive_duration_ns, positive_number
 from distbench.command import measure_joined, options_but, run_scenario, start_command
 from distbench.errors import UsageError
 from distbench.load import Load
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from distbench.windows import Windows
     from distbench.world import World
 
-LOAD = ("target-qps", "arrival", "latency-bound", "max-batch", "max-wait")
+LOAD = ("arrival", "latency-bound", "max-batch", "max-wait")
 
 
 def run_coordinated(
@@ -207,9 +207,9 @@ OPTIONS = (
     Option("scaling", "weak", one_of(*KINDS), "the same work for each rank, or in all", "KIND"),
     Option("scenario", "offline", one_of("offline", "server"), "of the windows", "NAME"),
     Option("duration", "2s", positive_duration_ns, "about how long a window of a rank", "TIME"),
+    Option("target-qps", "200", positive_number, "of Server: queries/s of a rank alone", "Q"),
     *(each for each in SERVER_OPTIONS if each.name in LOAD),
 )
-"""``--target-qps`` is what a rank alone is offered."""
 
 
 def read_plan(values: Values) -> dict[str, Any]:
@@ -219,13 +219,13 @@ def read_plan(values: Values) -> dict[str, Any]:
         UsageError: they do not go together.
     """
     v, server = values.values, values.values["scenario"] == "server"
-    foreign = ["batch_size"] if server else [name.replace("-", "_") for name in LOAD]
+    foreign = (
+        ["batch_size"] if server else [each.replace("-", "_") for each in ("target-qps", *LOAD)]
+    )
     for name in foreign:
         if values.origins[name] != "default":
             other = "offline" if server else "server"
             raise UsageError(f"--{name.replace('_', '-')} is of --scenario {other}: leave it out")
-    if v["target_qps"] == 0:
-        raise UsageError("--target-qps auto searches for a peak: give the rate of one rank")
     load = Load(
         v["target_qps"], v["arrival"], "static", v["max_batch"], v["max_wait"],
         v["latency_bound"] or (),
