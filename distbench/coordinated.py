@@ -18,12 +18,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+from distbench.cells import KINDS, Cell, Plan, cells, sized
 from distbench.cli import Option, Values, one_of, positive, positive_duration_ns, positive_number
 from distbench.command import measure_joined, options_but, run_scenario, start_command
 from distbench.errors import UsageError
 from distbench.load import Load
 from distbench.offline import OFFLINE
-from distbench.scaling import KINDS, Cell, Plan, cells, sized
 from distbench.server import OPTIONS as SERVER_OPTIONS
 from distbench.server import SERVER, paced_by_trace
 from distbench.settings import SAMPLE_LIMIT, Settings, script_settings

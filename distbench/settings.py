@@ -7,10 +7,10 @@ import sys
 from dataclasses import dataclass, field
 from typing import Any
 
+from distbench.cells import Plan
 from distbench.errors import UsageError
 from distbench.load import Load
 from distbench.rules import parse_rules
-from distbench.scaling import Plan
 from distbench.search import LIMITS
 
 SAMPLE_LIMIT = 10_000_000

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distbench.load import Load
-from distbench.scaling import Plan
+from distbench.cells import Plan
 from distbench.sut import Done, Sleep
 from distbench.verify import verify
 from distbench.windows import load_run

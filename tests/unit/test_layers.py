@@ -18,10 +18,10 @@ PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
-    "bounds scenarios load batching settings search histogram quantiles student stats steady run "
-    "sums windows times laps pool intervals metrics findings checks settled trust pace ruling "
-    "verdict tried trail scaling report compare conditions launches wire pings liveness network "
-    "cli joined waiting frames dispatch driver talk",
+    "bounds scenarios load batching cells settings search histogram quantiles student stats steady "
+    "run sums windows times laps pool intervals metrics findings checks settled trust pace "
+    "ruling verdict tried trail scaling report compare conditions launches wire pings liveness "
+    "network cli joined waiting frames dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command",

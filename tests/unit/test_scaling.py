@@ -14,23 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats as oracle
 
+from distbench.cells import Cell, Plan, cells, sized
 from distbench.errors import UsageError
 from distbench.record import write_report
 from distbench.report.tables import to_markdown
 from distbench.report.text import to_text
 from distbench.salvage import main as salvage
-from distbench.scaling import (
-    LOSSES,
-    Cell,
-    Plan,
-    Reading,
-    cells,
-    efficiency,
-    interval,
-    losses,
-    reading,
-    sized,
-)
+from distbench.scaling import LOSSES, Reading, efficiency, interval, losses, reading
 from distbench.verify import verify
 from distbench.windows import load_run
 
