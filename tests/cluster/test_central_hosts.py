@@ -131,7 +131,7 @@ def test_a_driver_on_a_host_of_its_own(outs: tuple[Path, Path], tmp_path: Path) 
     assert copies[0] == copies[1]
 
 
-@pytest.mark.parametrize("victim", [1, 2])
+@pytest.mark.parametrize("victim", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_cut_cable_ends_all_and_what_completed_is_kept(
     outs: tuple[Path, Path], tmp_path: Path, victim: int
 ) -> None:

@@ -36,7 +36,7 @@ pytestmark = [
 
 SLOW = pytest.mark.slow
 """Not of the plain run, which has ten minutes; `.ci/run` has a step for these."""
-PLAIN = (WORKER_KILLED, LAUNCHER_KILLED)
+PLAIN = (WORKER_KILLED,)
 
 
 @pytest.fixture

@@ -137,7 +137,7 @@ def test_clocks_of_their_own_are_measured_within_the_bound(outs: tuple[Path, Pat
     assert abs(skew - truth) <= bound + 2e-9
 
 
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("host", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_too_small_is_refused_and_leaves_nothing(
     hosts: rig.Hosts, tmp_path: Path, host: int
 ) -> None:
@@ -188,7 +188,7 @@ print('full')
 """
 
 
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("host", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_disk_that_fills_up_in_the_window_loses_no_sample(
     hosts: rig.Hosts, tmp_path: Path, host: int
 ) -> None:
@@ -262,7 +262,9 @@ def _alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(not Path("/dev/net/tun").exists(), reason="no /dev/net/tun: no delay")
-@pytest.mark.parametrize(("out_us", "in_us"), [(1000, 1000), (2000, 500)])
+@pytest.mark.parametrize(
+    ("out_us", "in_us"), [pytest.param(1000, 1000, marks=pytest.mark.slow), (2000, 500)]
+)
 def test_a_slow_way_widens_the_clocks_bound_and_never_breaks_it(
     outs: tuple[Path, Path], out_us: int, in_us: int
 ) -> None:

@@ -162,6 +162,7 @@ def test_the_last_lines_say_what_was_wrong_and_what_the_exit_status_means(hosts:
         clean(hosts, name)
 
 
+@SLOW
 def test_the_bare_command_works_with_the_printed_environment(hosts: SshHosts) -> None:
     done = hosts.launch("--hosts", "jw2:2,jw3", *COMMON[2:], "--print-env")
     assert done.returncode == 0, done.stderr
