@@ -44,6 +44,7 @@ def _searched(out: str, bounds: str) -> dict[str, Any]:
         return {"result": several.result(), "folder": str(several.folder or "")}
 
 
+@pytest.mark.slow
 def test_two_ranks_search_as_one(tmp_path: Path) -> None:
     told = run_ranks(_searched, 2, str(tmp_path), "20ms@p50")
     result = told[0]["result"]
