@@ -24,7 +24,7 @@ from distbench.metrics import metric
 from distbench.ruling import table
 from distbench.scenarios import scenario
 from distbench.student import t_quantile
-from distbench.sums import summed, summed_per_rank
+from distbench.sums import summed, summed_per_rank, worst_start
 from distbench.windows import absent_found, lifted, line, number
 
 CONFIDENCE = 0.95
@@ -47,7 +47,7 @@ COLUMNS = (
     ("finish", "", "loss because ranks ended apart beyond that"),
     ("start", "", "loss because ranks began late, beyond their lateness alone"),
     ("interference", "", "loss because ranks are slower together than alone"),
-    *((f"{name}_half", "", f"half of the 95 % interval of {name}") for name in LOSSES),
+    *((f"{name}_half", "", f"half of the 95 % interval of {name}, where known") for name in LOSSES),
     ("latency_p99", "s", "largest over rounds"),
 )
 ALONE = (
@@ -212,6 +212,7 @@ def scaled(
         },
         "metrics": _metrics(every[0], plan, read, rows[-1], whole),
         "per_rank": summed_per_rank(largest),
+        "start": worst_start(largest),
         "tables": {
             "scaling": table(COLUMNS, rows),
             "alone": table(ALONE, _alone(plan, read, every)),
@@ -278,7 +279,9 @@ def _row(size: int, plan: Plan, read: Mapping[Cell, Reading], drained: bool) -> 
     if parts:
         found = [interval([each[name] for each in parts]) for name in LOSSES]
         shares = [mean for mean, _, _ in found]
-        shares += [None if high is None else high - mean for mean, _, high in found]
+        # What is foreseen rests on all rounds together: its spread over rounds is no error of it.
+        halves = [None if high is None else high - mean for mean, _, high in found]
+        shares += [None, None, *halves[2:]]
     p99 = [together.p99_s for together, _ in rounds if together.p99_s is not None]
     row = [size, len(rounds), fmean(rates), fmean(sums), *left, speedup]
     return [*row, *shares, max(p99, default=None)]
@@ -293,9 +296,11 @@ def _alone(
     for rank in range(max(plan.sizes)):
         windows = [read.get(Cell((rank,), each)) for each in range(plan.rounds)]
         rates = [each.rate for each in windows if each is not None and each.rate]
-        found = interval(rates) if rates else (None, None, None)
+        mean, low, high = interval(rates) if rates else (None, None, None)
+        if not scenario(every[0]["scenario"]).drained:
+            low = high = None  # how many queries a round drew is luck
         p99 = [e.p99_s for e in windows if e is not None and e.p99_s is not None]
-        rows.append([rank, hosts.get(rank, "?"), *found, max(p99, default=None)])
+        rows.append([rank, hosts.get(rank, "?"), mean, low, high, max(p99, default=None)])
     return rows
 
 
@@ -322,6 +327,8 @@ def _metrics(
     )
     rates = [together.rate or 0.0 for together, _ in _rounds(size, plan, read)]
     mean, low, high = interval(rates) if rates else (None, None, None)
+    if not scenario(first["scenario"]).drained:
+        low = high = None  # how many queries a round drew is luck
     throughput = metric(
         mean if not reason else None,
         "samples/s",

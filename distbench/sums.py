@@ -55,3 +55,10 @@ def summed_per_rank(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return made
+
+
+def worst_start(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the start of the window whose ranks began farthest apart, with all late ranks."""
+    starts = [each["start"] for each in results]
+    late = sorted({rank for each in starts for rank in each["late_ranks"]})
+    return {**max(starts, key=lambda start: start["skew_s"] or 0.0), "late_ranks": late}

@@ -22,7 +22,7 @@ from distbench.metrics import NO_INTERVAL, metric
 from distbench.run import JUDGED_BY_ALL, Run
 from distbench.run import load_run as load_window
 from distbench.steady import Until, until_decision
-from distbench.sums import summed, summed_per_rank, total
+from distbench.sums import summed, summed_per_rank, total, worst_start
 
 LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
@@ -156,10 +156,7 @@ def windows_result(
         "metrics": _metrics(every, whole, bool(absent)),
         "per_rank": summed_per_rank(every),
         "clock": last["clock"],
-        "start": {
-            **max((each["start"] for each in every), key=lambda start: start["skew_s"] or 0.0),
-            "late_ranks": sorted({r for each in every for r in each["start"]["late_ranks"]}),
-        },
+        "start": worst_start(every),
         "window": {
             **first["window"],
             "number": None,

@@ -103,6 +103,7 @@ def make(
                 install = _options(top, name, [own], True)
                 step([*_pip(top, pip), *install, "--no-deps", "distbench"])
                 (_site(top / name) / "below.pth").write_text(f"{_site(top / deps)}\n")
+                _torchrun(top / name / "bin")
         told = _step([str(top / name / "bin/python"), "-I", "-c", LIST], lock.fileno())
     packages = [str(each) for each in json.loads(told)]
     there = {_plain(each.partition("==")[0]) for each in packages}
@@ -110,6 +111,14 @@ def make(
     if absent:
         raise OSError(f"{top / name} has no {absent[0]}, though pip said so: delete {top / deps}")
     return {"python": f"{TOP}/{name}/bin/python", "deps": f"{TOP}/{deps}", "packages": packages}
+
+
+def _torchrun(folder: Path) -> None:
+    """Write the command torchrun: that of the lower environment knows nothing of the upper."""
+    script = folder / "torchrun"
+    program = "import sys\nfrom torch.distributed.run import main\nsys.exit(main())\n"
+    script.write_text(f"#!{folder / 'python'}\n{program}")
+    script.chmod(0o755)
 
 
 def _plain(requirement: str) -> str:

@@ -139,6 +139,11 @@ def check_deploy(made: argparse.ArgumentParser, told: argparse.Namespace) -> Non
         made.error("--no-index takes nothing but wheels that are sent: give --wheelhouse DIR")
     if told.wheelhouse and not told.wheelhouse.is_dir():
         made.error(f"--wheelhouse {told.wheelhouse}: no such folder")
+    if told.deploy and "/.distbench/" in told.python:
+        made.error(
+            f"--python {told.python} was deployed: with --deploy name the one to make it with, or "
+            "leave --deploy out to use it"
+        )
     if told.deploy and told.dry_run:
         made.error("--deploy writes to the hosts: without --dry-run")
 

@@ -307,7 +307,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             if wrong:
                 raise Unfit(*wrong)
-            say(f"from now on without --deploy: --python '{python}'")
+            say(f"until this clone changes, without --deploy: --python '{python}'")
             options = replace(options, python=python)
         if not options.command and not options.print_env:
             return 0

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from checks import Host
 
-OWN = re.compile(rb"^distbench: (?!rank \d+ completed)(.+)|(No module named .+)")
+OWN = re.compile(rb"^distbench: (?!rank \d+ completed)(.+)|(No module named (?:'[^']*'|[\w.]+))")
 """Not its lines of progress."""
 OF_RANK = re.compile(rb"\[r(\d+)\]:")
 PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[r${rank}]:"}

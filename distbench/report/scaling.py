@@ -34,7 +34,7 @@ def scaling_lines(result: dict[str, Any]) -> list[str]:
     heads += list(LOSSES) if split else ["p99"]
     shown = [heads]
     for row in rows:
-        line = [f"{row['ranks']} of them, {kind}"]
+        line = [f"{row['ranks']} rank{'s' * (row['ranks'] > 1)}, {kind}"]
         line += [_rate(row["throughput"]), _rate(row["alone"])]
         line += [_share(row[each]) for each in ("efficiency", "ci_low", "ci_high")]
         line.append("?" if row["speedup"] is None else f"{row['speedup']:.3f}")
@@ -44,7 +44,7 @@ def scaling_lines(result: dict[str, Any]) -> list[str]:
     lines = table(shown)
     if split:
         lines.append(
-            "the parts of the loss sum to 1 - efficiency; +- is half of a 95 % interval, and below "
+            "the parts of the loss sum to 1 - efficiency; +- is half of a 95 % interval, below "
             "zero is a gain"
         )
     return [*lines, "", *_alone(result), "each window has a report of its own under windows/"]

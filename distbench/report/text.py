@@ -84,7 +84,7 @@ def _headline(result: dict[str, Any]) -> str:
     window, config = result["window"], result["config"]
     hosts, kind, load = window["hosts"], scenario(result["scenario"]), window["load"]
     parts = [
-        result["scenario"],
+        "coordinated " * bool(window.get("scaling")) + result["scenario"],
         window["model"]["name"],
         f"{counted(window['world_size'], 'rank')} on {counted(len(hosts), 'host')} "
         f"({', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)})",

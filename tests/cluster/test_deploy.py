@@ -58,12 +58,15 @@ def test_hosts_with_python_alone_give_a_number(hosts: SshHosts, wheelhouse: Path
         said.append(done.stderr)
     assert said[0].count("wheels sent") == 2 and "wheels sent" not in said[1]
     # As the launcher says, the environment serves without --deploy, in the printed file too.
-    (line,) = (each for each in said[1].splitlines() if "from now on without --deploy" in each)
+    (line,) = (each for each in said[1].splitlines() if "until this clone changes" in each)
     python = line.partition("--python '")[2].rstrip("'")
     assert python.startswith("~/.distbench/venv-")
     found = hosts.run("jw2", "sh", "-c", "cat results/*/result.json | head -c 300000").stdout
     first, _ = json.JSONDecoder().raw_decode(found)
     assert first["verdict"]["status"] == "VALID", first["verdict"]
+    torchrun = python.replace("~", str(HOME)).replace("/bin/python", "/bin/torchrun")
+    alone = ("--standalone", "--nproc-per-node", "1", "-m", "distbench.offline", *SLEEP)
+    assert hosts.run("jw2", torchrun, *alone).stdout.startswith("MEASUREMENT VALID")
     argv = (base, str(REPO / "launch/ssh.py"), "--python", python, "--hosts", "jw2,jw3")
     done = hosts.run("jw1", *argv, "--dry-run", *command)
     assert done.returncode == 0, done.stderr
@@ -92,7 +95,7 @@ def test_hosts_with_an_index_of_their_own_need_no_wheelhouse(
         server.wait(10)
     assert done.returncode == 0, done.stderr
     assert "2 wheels sent" in done.stderr, "pip and distbench"
-    (line,) = (each for each in done.stderr.splitlines() if "from now on without --deploy" in each)
+    (line,) = (each for each in done.stderr.splitlines() if "until this clone changes" in each)
     python = line.partition("--python '")[2].rstrip("'").replace("~", str(HOME))
     told = "import torch, distbench; print(torch.__version__)"
     versions = {hosts.run(name, python, "-c", told).stdout for name in ("jw2", "jw3")}

@@ -310,6 +310,7 @@ def test_the_environment_is_named_by_what_is_in_it(tmp_path: Path) -> None:
         (["--deploy", "--no-index"], "give --wheelhouse DIR"),
         (["--deploy", "--wheelhouse", "/nowhere"], "no such folder"),
         (["--deploy", "--dry-run"], "without --dry-run"),
+        (["--deploy", "--python", "~/.distbench/venv-x/bin/python"], "name the one to make it"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(
