@@ -157,7 +157,7 @@ def of_cell(settings: Settings, plan: Plan, cell: Cell, rates: Sequence[float]) 
         settings: of the command.
         plan: likewise.
         cell: of the window.
-        rates: of all ranks' warm-ups, samples/s.
+        rates: of all ranks' warm-ups, samples/s; Server's windows need none.
     """
     size, seed = len(cell.ranks), settings.seed + cell.round
     if settings.load is not None:

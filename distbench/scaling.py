@@ -187,7 +187,7 @@ def scaled(
 
     Returns:
         As ``verdict.result``, with the tables; samples, makespan and ranks' rows are of the windows
-        of the most ranks together, start and clocks of the last of these.
+        of the most ranks together, start is the worst of these, clocks are the last one's.
     """
     every = list(results.values())
     told = every[0]["window"]["scaling"]["plan"]
