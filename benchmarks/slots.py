@@ -26,9 +26,9 @@ from common import Report, Row, interleave, parser, ratios
 
 from distbench.clock import now_ns
 from distbench.engines.slots import SlotEngine
-from distbench.models.tinylm import slot_engine
+from distbench.models.decoders import slot_engine
 from distbench.models.tinylm_data import draw_samples, read_text
-from distbench.models.tinylm_net import build_net
+from distbench.models.tinylm_weights import build_net
 from distbench.start import quiet
 from distbench.sut import FOREVER, Done
 

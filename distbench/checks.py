@@ -48,8 +48,9 @@ def facts_found(run: Run, times: list[RankTimes]) -> list[Finding]:
     for record, t in zip(run.present, times, strict=True):
         found += _outputs(record, t)
         found += _stamps(record, t)
-        found += _device(record)
         found += _roofline(record, t)
+    for record in run.workers:
+        found += _device(record)
     return found + _environments(run) + _accuracy(run)
 
 
@@ -297,7 +298,7 @@ def _roofline(record: RankRecord, t: RankTimes) -> list[Finding]:
 def _environments(run: Run) -> list[Finding]:
     """Return the findings that the ranks' hosts are not of one kind, one for each difference."""
     seen: dict[str, dict[str, list[str]]] = {}
-    for record in run.present:
+    for record in run.workers:
         described = record.before["environment"]
         gpu = described.get("gpu") or {}
         values = {name: described[name] for name in ALIKE if name in described}

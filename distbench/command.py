@@ -145,8 +145,9 @@ def run_scenario(
     purpose: str,
     options: Sequence[Option],
     argv: Sequence[str],
-    measure: Measure,
+    measure: Callable[[Any, World, Settings], Run | Windows],
     more: Callable[[Values], dict[str, Any]] = lambda _values: {},
+    build: Callable[[Settings, World], Any] | None = None,
 ) -> int:
     """Run a scenario's command on this rank; returns the exit status.
 
@@ -157,6 +158,7 @@ def run_scenario(
         argv: without the program's name.
         measure: takes the window; returns the run, on every rank.
         more: reads the scenario's own options into settings.
+        build: makes what is measured; None: the system under test that --model names.
 
     Raises:
         DistbenchError: anything that a sentence can tell.
@@ -171,7 +173,7 @@ def run_scenario(
         problem, sut = None, None
         try:
             with watched(world, setup_limit_s(settings)):
-                sut = load_model(settings.model_name, world, settings.group, settings.dtype)
+                sut = (build or _load)(settings, world)
         except UsageError as error:
             problem = error
         world.check("model", problem)
@@ -189,6 +191,10 @@ def run_scenario(
     if verdict == "INCOMPLETE":
         return EXIT_INCOMPLETE
     return EXIT_STRICT if values.values["strict"] and verdict != "VALID" else EXIT_OK
+
+
+def _load(settings: Settings, world: World) -> SystemUnderTest:
+    return load_model(settings.model_name, world, settings.group, settings.dtype)
 
 
 def start_command(main: Callable[[Sequence[str]], int]) -> NoReturn:

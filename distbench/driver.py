@@ -35,7 +35,7 @@ from distbench.clock import clock_domain, now_ns
 from distbench.dispatch import COLUMNS, DriverEnded, Hub, Ledger, dispatch_loop, settle
 from distbench.errors import DRIVER, EXIT_OK, DistbenchError, UsageError
 from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
-from distbench.run import write_done
+from distbench.rank_files import write_done
 from distbench.samples import SampleLog
 from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, take_link, tell
 from distbench.waiting import measure_spin_ns, quiet, schedstat, set_timer_slack, wait_until

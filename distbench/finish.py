@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from distbench.errors import IncompleteError, where
 from distbench.pool import Pool, series
 from distbench.quantiles import select
+from distbench.rank_files import write_driver, write_rank
 from distbench.record import Recorder, write_report, write_result
-from distbench.run import RankRecord, Run, rank_folder, write_driver, write_rank
+from distbench.run import RankRecord, Run, rank_folder
 from distbench.sut import SystemUnderTest, run_indices
 from distbench.verdict import result
 from distbench.windows import Windows, windows_result
@@ -64,8 +65,8 @@ def accuracy_pass(
     if raised:
         reason = "the model raised in the window, so what is in flight in it is not known"
         return {"right": 0, "of": 0, "reason": reason}, {}
-    mine = np.ascontiguousarray(held_out[world.rank :: world.world_size], np.int64)
-    if len(mine) == 0:
+    mine = np.ascontiguousarray(held_out[world.replica :: world.replicas], np.int64)
+    if len(mine) == 0 or not world.leader:
         return {"right": 0, "of": 0, "reason": ""}, {}
     try:
         outputs = run_indices(sut, mine, batch_size, tell)

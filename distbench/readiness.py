@@ -91,19 +91,25 @@ def prepare(
     """
     agree_on_run(world, sut, settings)
     world.check("rules", _unjudged(course, sut, settings))
-    size, rank = world.world_size, world.rank
+    active = leaders(world)
     searched = settings.load is not None and settings.load.searched
     if settings.num_samples is not None or (settings.load is not None and not searched):
-        course.part(rank, sut, settings, [1.0] * size)  # too few is told before the warm-up
+        course.part(0, sut, settings, [1.0] * len(active))  # too few is told before the warm-up
     start.set_timer_slack()
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)
     start.synchronize(world, "first")
     warm = _warm(course, sut, world, settings)
     warm, rates, most, slowest_ns = _told_by_all(world, sut, warm)
     settings = first(settings, rates)
-    part = part_of(course, sut, world, settings, rates, slowest_ns)
-    _warm_shapes(course.loop, sut, world, settings, shapes(settings, part.counts[rank]))
+    ranks = None if len(active) == world.world_size else active
+    part = part_of(course, sut, world, settings, rates, slowest_ns, ranks)
+    _warm_shapes(course.loop, sut, world, settings, shapes(settings, len(part.order)))
     return Prepared(course, sut, settings, warm, cost, rates, part, most, slowest_ns)
+
+
+def leaders(world: World) -> list[int]:
+    """Return the ranks that are issued samples: the first one of each replica."""
+    return list(range(0, world.world_size, world.world_size // world.replicas))
 
 
 def part_of(
@@ -187,7 +193,7 @@ def _warm(course: Course, sut: SystemUnderTest, world: World, settings: Settings
     """Load the samples and warm up; a failure on any rank stops all with its sentence."""
     size = settings.group
     if settings.num_samples is not None:
-        share = share_out(settings.num_samples, world.rank, None, world.world_size)
+        share = share_out(settings.num_samples, world.replica, None, world.replicas)
         size = min(size, max(1, share))
     order = np.arange(sut.resident, dtype=np.int64)
     problem, warm = None, Warmup(0.0, 0, 0, ())
@@ -197,7 +203,8 @@ def _warm(course: Course, sut: SystemUnderTest, world: World, settings: Settings
                 course.central.load(sut, order)
             else:
                 sut.load(order)
-            warm = warm_up(course.loop, sut, size, settings.warmup_ns, order, world.now, tell)
+            if world.leader:
+                warm = warm_up(course.loop, sut, size, settings.warmup_ns, order, world.now, tell)
     except Exception as error:  # the user's model: any exception is a sentence on every rank
         problem = _failed_warm_up(error)
     world.check("warm-up", problem)

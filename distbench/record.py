@@ -22,7 +22,8 @@ from distbench import files
 from distbench.errors import UsageError, where
 from distbench.files import write_manifest
 from distbench.liveness import IDLE
-from distbench.run import Run, rank_folder, write_done
+from distbench.rank_files import write_done
+from distbench.run import Run, rank_folder
 from distbench.samples import SampleLog
 from distbench.windows import load_run
 from distbench.wire import End
@@ -35,6 +36,9 @@ OTHERS_S = 2.0
 FLUSH_S = 0.5
 """Between two flushes: a power cut then costs no row older than this and two flushes, so none older
 than a second where the disk takes less than a quarter of one for a flush."""
+
+STAGE = 0.75
+"""Share of the time after which a leader is taken for lost, after which a rank that follows is."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +198,7 @@ class Recorder:
         stall_s: how long the count may stand still in the window.
         saved: whether the whole window is on the disk; an early end then changes nothing of it.
         show: called with the ended rows once a second, for progress.
+        stage: what a rank that follows is at, in the window; None on others.
     """
 
     def __init__(self, world: World, folder: Folder, log: SampleLog) -> None:
@@ -209,6 +214,7 @@ class Recorder:
         self.stall_s = float("inf")
         self.show: Callable[[int], None] = lambda _rows: None
         self.before_judging: Callable[[], None] = lambda: None  # at an early end
+        self.stage: Any = None
         self.disk_error = ""
         self._flushed = 0
         self._wanted = threading.Event()
@@ -238,6 +244,9 @@ class Recorder:
         self._flusher.join(timeout=5)
 
     def _progress(self) -> tuple[int, float]:
+        if self.stage is not None:
+            # Sooner than the leader, which waits for it: the one that stands still is to be named.
+            return self.stage.steps, STAGE * self.stall_s if self.stage.computing else float("inf")
         busy = self.flying and not self.log.idle[0]
         return self.log.ended[0], self.stall_s if busy else float("inf")
 

@@ -28,7 +28,7 @@ from distbench import files
 from distbench.clock import ClockModel, Exchange
 from distbench.errors import DRIVER, DistbenchError, UsageError, where
 from distbench.findings import Finding
-from distbench.samples import npy_bytes, read_rows, spread_column
+from distbench.samples import read_rows, spread_column
 
 SCHEMA_VERSION = 1
 JUDGED_BY_ALL = "judged-by-all"
@@ -147,9 +147,25 @@ class Run:
         return self.present if self.driver is None else [self.driver]
 
     @property
+    def working(self) -> list[int]:
+        """The active ranks, and those that follow one of them as parts of its replica."""
+        return self.active if self.layout is None else list(range(self.world_size))
+
+    @property
+    def layout(self) -> dict[str, Any] | None:
+        """How the model was cut over ranks; None where each active rank had a whole one."""
+        return self.first.before.get("layout")
+
+    @property
+    def workers(self) -> list[RankRecord]:
+        """The records there are of the working ranks."""
+        working = set(self.working)
+        return [r for r in self.left if r.rank in working]
+
+    @property
     def missing(self) -> list[int]:
-        """Active ranks that left nothing."""
-        return [rank for rank in self.active if self.records[rank] is None]
+        """Working ranks that left nothing."""
+        return [rank for rank in self.working if self.records[rank] is None]
 
     @property
     def scenario(self) -> str:
@@ -356,44 +372,3 @@ def came(rows: Rows, columns: Sequence[str]) -> int:
     if "query" not in columns:
         return len(rows)
     return int((rows[:, list(columns).index("query")] >= 0).sum())
-
-
-def write_rank(path: Path, record: RankRecord, name: str = "rank.json") -> None:
-    """Write another rank's folder from what was gathered; its done.json proves the copy.
-
-    Args:
-        path: the rank's folder; made here.
-        record: complete, and with the ``done`` document under ``after["done"]`` removed already.
-        name: of the file that was written before the window.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
-    path.mkdir(parents=True, exist_ok=True)
-    files.write_json(path / name, record.before)
-    if record.rows is not None:
-        files.write_bytes(path / "samples.npy", npy_bytes(record.rows))
-    if record.token_ns is not None:
-        files.write_bytes(path / "tokens.npy", npy_bytes(record.token_ns))
-    if record.after is not None:
-        files.write_json(path / "after.json", record.after)
-    write_done(path)
-
-
-def write_driver(folder: Path, record: RankRecord) -> None:
-    """Write driver/ of a result directory, unless the driver itself has, over a shared disk.
-
-    Raises:
-        OSError: the disk is full or the folder cannot be written.
-    """
-    own = folder / "driver"
-    if not (own / "done.json").exists():
-        write_rank(own, record, "driver.json")
-
-
-def write_done(path: Path) -> dict[str, str]:
-    """Write done.json: the SHA-256 of every other file of a rank's folder; returns them by name."""
-    names = sorted(p.name for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-    hashes = {name: files.sha256_file(path / name) for name in names if name != "done.json"}
-    files.write_json(path / "done.json", {"files": hashes})
-    return hashes

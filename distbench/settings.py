@@ -9,6 +9,7 @@ from typing import Any
 
 from distbench.cells import Plan
 from distbench.errors import UsageError
+from distbench.layout import ShardPlan
 from distbench.load import Load
 from distbench.rules import parse_rules
 from distbench.search import LIMITS
@@ -44,6 +45,7 @@ class Settings:
     dtype: str = ""
     load: Load | None = None
     scaling: Plan | None = None
+    shard: ShardPlan | None = None
 
     @property
     def group(self) -> int:

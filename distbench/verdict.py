@@ -18,6 +18,7 @@ from distbench.pool import Pool, facts, in_one_place
 from distbench.ruling import bounds_table, marginal, ruled
 from distbench.run import Run
 from distbench.scenarios import scenario
+from distbench.stages import stage_section
 from distbench.times import Makespan, RankTimes, makespan, rank_times
 from distbench.trust import measurement_found
 
@@ -42,6 +43,8 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     rules, gates = ruled(pool, times, span)
     found = findings(pool, times, span, figures, ranks)
     tables = bounds_table(pool, times)
+    staged, stages = stage_section(run, span)
+    figures, tables = figures | staged, tables | stages
     found += marginal(gates, figures) + bounds_found(bounds_of(first), figures)
     found = worst_first(found)
     common, rest = common_and_rest([record.before["environment"] for record in run.present])
@@ -112,8 +115,8 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     first = run.first.before
     place = first.get("window") or {"number": None, "planned": None}
     return {
-        "world_size": len(run.active),
-        "hosts": sorted({record.host for record in run.present}),
+        "world_size": len(run.working),
+        "hosts": sorted({record.host for record in run.workers}),
         "started_utc": first["started_utc"],
         "command": first["command"],
         "model": first["model"],
@@ -134,7 +137,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
                 "before": record.before.get("gpu_before"),
                 "after": (record.after or {}).get("gpu_after"),
             }
-            for record in run.present
+            for record in run.workers
         ],
     }
 

@@ -35,6 +35,7 @@ from distbench.windows import Windows, until
 from distbench.wire import End
 
 if TYPE_CHECKING:
+    from distbench.engines.stopwatch import Stopwatch
     from distbench.run import Run
     from distbench.world import World
 
@@ -143,6 +144,7 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
     before |= {
         "most_tokens": most,
         "window": turn.told(),
+        "layout": getattr(sut, "layout", None),
         "samples": "shard" if shard else "gather",
     }
     recorder = record.Recorder(world, folder, log)
@@ -228,6 +230,7 @@ def window(
         plan = start.agree_start(world, "window", spin_ns, extra_ns=5 * log.capacity)
         log.scheduled[:] = plan.local_ns if part.due_ns is None else plan.local_ns + part.due_ns
         recorder.after["plan"] = {**asdict(plan), "rehearsals_ns": list(plan.rehearsals_ns)}
+        watch = _open_stage(sut, world, recorder, plan.local_ns)
 
         def begin() -> None:
             recorder.after["started_ns"] = start.wait_together(world, plan.local_ns, spin_ns)
@@ -247,6 +250,11 @@ def window(
         ended = world.now()
         switches_after, delay_after_ns = schedstat()
         recorder.flying = False
+        # In quiet still: a rank that follows has no loop, and works until its leader ends.
+        world.side.meet("window:end")
+        recorder.stage = None
+    if watch is not None:
+        recorder.after["stage"] = watch.read()
     if scenario(course.scenario).stream:
         _schedule_is_issue(log)
     recorder.after |= {
@@ -259,9 +267,19 @@ def window(
             "window_ns": ended - (recorder.after["started_ns"] or ended),
         },
     }
-    world.side.meet("window:end")
     start.synchronize(world, "after")
     return kept
+
+
+def _open_stage(
+    sut: SystemUnderTest, world: World, recorder: record.Recorder, start_ns: int
+) -> Stopwatch | None:
+    """Begin to sum up what this rank does of a model that is cut over several."""
+    watch: Stopwatch | None = getattr(sut, "watch", None)
+    if watch is not None:
+        watch.open(start_ns)
+        recorder.stage = None if world.leader else watch
+    return watch
 
 
 def _schedule_is_issue(log: SampleLog) -> None:

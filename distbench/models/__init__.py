@@ -13,6 +13,7 @@ from distbench.errors import DistbenchError, ModelError, UsageError
 from distbench.sut import Echo, Sleep, SystemUnderTest, adapted
 
 if TYPE_CHECKING:
+    from distbench.models.decoders import DecoderModel
     from distbench.world import World
 
 DTYPES = ("fp32", "tf32", "bf16", "fp16")
@@ -33,10 +34,17 @@ OPTIONS: dict[str, dict[str, Callable[[str], Any]]] = {
         "layout": one_of("channels_last", "contiguous"),
     },
     "tinylm": {"slots": positive, "batching": one_of("continuous", "static")},
+    "llama": {
+        **dict.fromkeys(("layers", "d", "heads", "kv_heads", "hidden", "vocabulary"), positive),
+        **dict.fromkeys(("prompt", "output", "slots"), positive),
+        "batching": one_of("continuous", "static"),
+    },
     "sleep": {"per_sample": positive_duration_ns},
     "echo": {},
 }
 """Embedded models and the options each takes after its name."""
+TOKEN_MODELS = ("tinylm", "llama")
+"""Those that write texts, and that several ranks can share."""
 STAND_INS = ("sleep", "echo")
 """Those that compute nothing."""
 
@@ -101,8 +109,8 @@ def load_model(spec: str, world: World, batch_size: int, dtype: str = "") -> Sys
         return Echo()
     if name == "sleep":
         return Sleep(values.get("per_sample", 1_000_000), now=world.now)
-    if name == "tinylm":
-        return _tinylm(world, batch_size, values)
+    if name in TOKEN_MODELS:
+        return _token_model(spec, world, batch_size, dtype)
     # torch, and only where it is used
     if name == "resnet50":
         from distbench.models.resnet50 import build as build_resnet50  # noqa: PLC0415
@@ -135,6 +143,8 @@ def check_dtype(spec: str, dtype: str) -> None:
         raise UsageError(f"--dtype {dtype} does not apply to model {name}: it computes nothing")
     if name == "tinylm" and dtype != "fp32":
         raise UsageError(f"model tinylm computes in fp32 alone, not in {dtype} (--dtype)")
+    if name == "llama" and dtype == "tf32":
+        raise UsageError("model llama computes in fp32, bf16 or fp16, not in tf32 (--dtype)")
 
 
 def _is_factory(spec: str) -> bool:
@@ -142,15 +152,41 @@ def _is_factory(spec: str) -> bool:
     return ":" in spec.partition(",")[0]
 
 
-def _tinylm(world: World, batch_size: int, values: dict[str, Any]) -> SystemUnderTest:
+def _token_model(spec: str, world: World, batch_size: int, dtype: str) -> SystemUnderTest:
+    import torch  # noqa: PLC0415
+
+    from distbench.models.decoders import build_whole  # noqa: PLC0415
+
+    device = world.device
+    place = torch.device("cuda", device.index) if device.type == "cuda" else torch.device("cpu")
+    return build_whole(token_model(spec, batch_size, dtype), place, world.now)
+
+
+def token_model(spec: str, batch_size: int, dtype: str = "") -> DecoderModel:
+    """Return the token model that --model names, before any of it is in memory.
+
+    Args:
+        spec: NAME[,key=value...], of ``TOKEN_MODELS``.
+        batch_size: samples of a group, which must be 1.
+        dtype: one of ``DTYPES``; "" is fp32.
+
+    Raises:
+        UsageError: the groups are larger, or its sizes do not fit together.
+    """
+    check_dtype(spec, dtype)
+    name, values = split_model(spec)
     if batch_size != 1:
         raise UsageError(
-            f"model tinylm takes one sample a group, not {batch_size}: give --batch-size 1, "
+            f"model {name} takes one sample a group, not {batch_size}: give --batch-size 1, "
             "or --max-batch 1 in Server; how many texts it writes together is its slots=..."
         )
-    from distbench.models.tinylm import build  # noqa: PLC0415
+    if name == "llama":
+        from distbench.models.decoders import llama  # noqa: PLC0415
 
-    return build(world.device, now=world.now, **values)
+        return llama(values, dtype or "fp32")
+    from distbench.models.tinylm import describe  # noqa: PLC0415
+
+    return describe(**values)
 
 
 def _from_factory(spec: str, world: World) -> SystemUnderTest:

@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 from torch.nn.functional import cross_entropy
 
 from distbench.clock import Now, now_ns
-from distbench.engines.slot_decoder import SlotDecoder, check_memory
 from distbench.engines.slots import SlotEngine
 from distbench.gpus import Device
+from distbench.models.decoders import DecoderModel, build_whole
 from distbench.models.tinylm_data import (
     SLOT_LENGTH,
     Expected,
-    Samples,
     draw_samples,
     read_expected,
     read_text,
 )
-from distbench.models.tinylm_net import TinyLM, build_net, new_cache, slot_bytes
+from distbench.models.tinylm_net import TinyLM
+from distbench.models.tinylm_weights import trained
+from distbench.shape import TRAINED
 from distbench.sut import Indices
 
 SLOTS = 8
@@ -63,57 +64,33 @@ def build(
         UsageError: the embedded files are damaged, there is no memory for so many slots, or
             ``batching`` is neither.
     """
+    model = describe(slots, batching, folder)
+    place = torch.device("cuda", device.index) if device.type == "cuda" else torch.device("cpu")
+    return build_whole(model, place, now)
+
+
+def describe(
+    slots: int = SLOTS, batching: str = "continuous", folder: Path | None = None
+) -> DecoderModel:
+    """Return the model, before any of it is in memory; arguments and errors as of ``build``."""
     samples = draw_samples(read_text(folder))
     expected = read_expected(samples, folder)
-    net, digest = build_net(folder)
-    place = torch.device("cuda", device.index) if device.type == "cuda" else torch.device("cpu")
-    sut: Any = slot_engine(net.to(place), samples, place, slots, batching, now)
-    sut.digest = digest
-    sut.flops_per_sample = flops_per_sample(net, samples)
-    sut.target_accuracy = TARGET_ACCURACY
-    sut.held_out = expected.held_out
-    sut.score = lambda indices, outputs: count_matching(expected, indices, outputs)
-    return sut  # type: ignore[no-any-return]
-
-
-def slot_engine(
-    net: TinyLM,
-    samples: Samples,
-    place: torch.device,
-    slots: int = SLOTS,
-    batching: str = "continuous",
-    now: Now = now_ns,
-) -> SlotEngine:
-    """Put a network, whatever its weights and dtype, behind the engine.
-
-    Args:
-        net: on ``place``, in eval mode.
-        samples: what is issued.
-        place: where to compute.
-        slots: texts that are written together.
-        batching: "continuous" or "static".
-        now: clock for the engine's stamps.
-
-    Raises:
-        UsageError: there is no memory for so many slots, or ``batching`` is neither.
-    """
-    dtype = net.embedding.weight.dtype
-    check_memory(slots, slot_bytes(net.config, SLOT_LENGTH, dtype), place)
-    cache = new_cache(net.config, slots, SLOT_LENGTH, dtype, place)
-    decoder = SlotDecoder(net, cache, net.config.vocabulary, place)
-    return SlotEngine(decoder, samples.prompts, samples.output_lengths, batching, now)
-
-
-def flops_per_sample(net: TinyLM, samples: Samples) -> int:
-    """Return the operations of a mean sample in the matrices alone, so rather too few.
-
-    Args:
-        net: its matrices multiply each token once, a multiplication and an addition per weight.
-        samples: a prompt and what follows, but for the last token, which is never read.
-    """
-    weights = sum(each.numel() for each in net.parameters() if each.dim() == 2)
-    tokens = sum(map(len, samples.prompts)) + int((samples.output_lengths - 1).sum())
-    return 2 * weights * tokens // len(samples.prompts)
+    whole, digest = trained(folder)
+    return DecoderModel(
+        TRAINED,
+        whole,
+        digest,
+        samples.prompts,
+        samples.output_lengths,
+        SLOT_LENGTH,
+        slots,
+        batching,
+        scored={
+            "held_out": expected.held_out,
+            "score": lambda indices, outputs: count_matching(expected, indices, outputs),
+            "target_accuracy": TARGET_ACCURACY,
+        },
+    )
 
 
 def count_matching(expected: Expected, indices: Indices, outputs: Sequence[Any]) -> tuple[int, int]:

@@ -15,65 +15,14 @@ byte of one text, and one more byte of many texts at different positions are the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
-from distbench.errors import UsageError
-from distbench.models.arrays import check_arrays, decode_arrays
-from distbench.models.tinylm_data import SHA256, WEIGHTS_FILE, pinned
-
-
-@dataclass(frozen=True)
-class NetConfig:
-    """The sizes of a decoder.
-
-    Attributes:
-        vocabulary: tokens; 128 are the bytes of ASCII.
-        width: of the residual stream.
-        layers: number of blocks.
-        heads: of the queries; each ``width // heads`` wide, which must be even.
-        kv_heads: of the keys and values; divides ``heads``.
-        hidden: width inside SwiGLU.
-        rope_base: of the rotary positions' wavelengths.
-        norm_eps: added to the mean square in RMSNorm.
-
-    Raises:
-        UsageError: the sizes do not fit together.
-    """
-
-    vocabulary: int = 128
-    width: int = 64
-    layers: int = 3
-    heads: int = 4
-    kv_heads: int = 2
-    hidden: int = 160
-    rope_base: float = 10_000.0
-    norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        sizes = (self.vocabulary, self.width, self.layers, self.heads, self.kv_heads, self.hidden)
-        if min(sizes) < 1:
-            raise UsageError("every size of the tinylm model must be at least 1")
-        if self.width % (2 * self.heads) or self.heads % self.kv_heads:
-            raise UsageError(
-                f"{self.heads} heads do not divide a width of {self.width} into even parts, or "
-                f"{self.kv_heads} key and value heads do not divide {self.heads}"
-            )
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one head."""
-        return self.width // self.heads
-
-
-TRAINED = NetConfig()
-"""The sizes of the trained weights."""
+from distbench.shape import TRAINED, NetConfig
 
 
 @dataclass(frozen=True)
@@ -109,7 +58,8 @@ def new_cache(
     """Allocate a cache; one that is made under ``inference_mode`` can be used only there.
 
     Args:
-        config: of the network; a rank that holds some of the heads gives its own ``kv_heads``.
+        config: of the network; that of a shard has the layers and heads that it holds, see
+            ``layout.own_part``.
         slots: texts it holds.
         length: positions of each.
         dtype: of the network's parameters.
@@ -212,38 +162,65 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each added to what comes in."""
+    """One layer: attention and feed-forward, each added to what comes in; or one of the two.
 
-    def __init__(self, config: NetConfig) -> None:
+    Args:
+        config: of the network.
+        attention: whether it has the first part.
+        feed: whether it has the second.
+    """
+
+    def __init__(self, config: NetConfig, attention: bool = True, feed: bool = True) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.attention = Attention(config)
-        self.feed_norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.feed = SwiGLU(config)
+        self.attends, self.feeds = attention, feed
+        if attention:
+            self.attention_norm = nn.RMSNorm(config.width, config.norm_eps)
+            self.attention = Attention(config)
+        if feed:
+            self.feed_norm = nn.RMSNorm(config.width, config.norm_eps)
+            self.feed = SwiGLU(config)
 
     def forward(self, x: Tensor, place: _Place, keys: Tensor | None, values: Tensor | None) -> Any:
         """Map shape (B, T, width) to the same shape; see ``Attention``."""
-        x = x + self.attention(self.attention_norm(x), place, keys, values)
-        return x + self.feed(self.feed_norm(x))
+        if self.attends:
+            x = x + self.attention(self.attention_norm(x), place, keys, values)
+        if self.feeds:
+            x = x + self.feed(self.feed_norm(x))
+        return x
 
 
 class TinyLM(nn.Module):
-    """The decoder, with whatever weights torch gives a new module; see ``build_net``.
+    """The decoder or a stage of it, with whatever weights torch gives a new module.
+
+    A stage of a pipeline has some of the half layers, which are attentions and feed-forwards in
+    turn, under the names that they have in the whole; the first one has the embedding, the last one
+    the norm and, as its head, the embedding too.
 
     Args:
-        config: its sizes.
+        config: the sizes of the whole.
+        begin: the first half layer of this stage.
+        end: behind its last one; None: all that follow.
     """
 
-    def __init__(self, config: NetConfig = TRAINED) -> None:
+    def __init__(self, config: NetConfig = TRAINED, begin: int = 0, end: int | None = None) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        end = 2 * config.layers if end is None else end
+        self.first, self.last = begin == 0, end == 2 * config.layers
+        if self.first or self.last:
+            self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleDict(
+            {
+                str(number): Block(config, 2 * number >= begin, 2 * number + 1 < end)
+                for number in range(begin // 2, (end + 1) // 2)
+            }
+        )
+        if self.last:
+            self.norm = nn.RMSNorm(config.width, config.norm_eps)
 
     def forward(
         self,
-        tokens: Tensor,
+        x: Tensor,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         slots: Tensor | None = None,
@@ -252,22 +229,30 @@ class TinyLM(nn.Module):
         """Score every possible next byte after each byte.
 
         Args:
-            tokens: shape (B, T), int64, on the network's device.
-            cache: takes the keys and values; None computes whole texts, from position 0.
+            x: tokens, shape (B, T), int64, on the network's device; of a stage that is not the
+                first, what the one before returned.
+            cache: takes the keys and values of this stage's attentions; None computes whole texts,
+                from position 0.
             positions: of the tokens in their slots, shape (B, T), int64; whatever a slot holds at
                 these and at smaller positions must be its own text, larger ones are not looked at.
             slots: of the B texts, shape (B,), int64; None: the first B slots.
             limit: more than any of ``positions``; the fewer, the less is read. None: all.
 
         Returns:
-            Logits, shape (B, T, vocabulary), in the dtype of the parameters.
+            Logits, shape (B, T, vocabulary), in the dtype of the parameters; of a stage that is not
+            the last, the residual stream, shape (B, T, width).
         """
-        x = self.embedding(tokens)
+        if self.first:
+            x = self.embedding(x)
         place = self._place(x, cache, positions, slots, limit)
-        for number, layer in enumerate(self.layers):
-            keys, values = (cache.keys[number], cache.values[number]) if cache else (None, None)
+        attentions = 0
+        for layer in self.layers.values():
+            keys = values = None
+            if cache is not None and layer.attends:
+                keys, values = cache.keys[attentions], cache.values[attentions]
+                attentions += 1
             x = layer(x, place, keys, values)
-        return linear(self.norm(x), self.embedding.weight)
+        return linear(self.norm(x), self.embedding.weight) if self.last else x
 
     def _place(
         self,
@@ -325,75 +310,3 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def build_net(folder: Path | None = None, dtype: torch.dtype = torch.float32) -> tuple[TinyLM, str]:
-    """Build the trained network and say where its weights come from.
-
-    Args:
-        folder: where the file of trained weights lies; None is the installed package.
-        dtype: of the parameters; the file has them in float16.
-
-    Returns:
-        The network, on the CPU, in eval mode; and ``"sha256:<hex>"`` of the file.
-
-    Raises:
-        UsageError: the file is missing, unreadable or not the pinned one.
-    """
-    path, content = pinned(WEIGHTS_FILE, folder)
-    return load_net(path, content, TRAINED).to(dtype), f"sha256:{SHA256[WEIGHTS_FILE]}"
-
-
-def load_net(path: Path, content: bytes, config: NetConfig) -> TinyLM:
-    """Build a network from the content of an .npz file.
-
-    Args:
-        path: named where the content is refused.
-        content: of the file.
-        config: its sizes.
-
-    Returns:
-        The network, on the CPU, float32, in eval mode.
-
-    Raises:
-        UsageError: it is no file of plain arrays, or keys are missing, extra or misshapen.
-    """
-    net = _empty_net(config)
-    arrays = decode_arrays(path, content)
-    check_arrays(path, arrays, {name: each.shape for name, each in net.state_dict().items()})
-    net.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
-    return net.eval()
-
-
-def random_net(config: NetConfig, seed: int) -> TinyLM:
-    """Build a network with seeded random weights; torch's global generators stay as they are.
-
-    Weights are normal with variance 1 / fan-in; what is added to the residual stream is smaller by
-    the root of twice the number of layers, so that deep networks stay finite in half precision.
-
-    Args:
-        config: its sizes.
-        seed: of the weights.
-
-    Returns:
-        The network, on the CPU, float32, in train mode.
-    """
-    net = _empty_net(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in net.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-                continue
-            deviation = 1 / math.sqrt(parameter.shape[1])
-            if name.endswith(("o.weight", "down.weight")):
-                deviation /= math.sqrt(2 * config.layers)
-            parameter.normal_(0.0, deviation, generator=generator)
-    return net
-
-
-def _empty_net(config: NetConfig) -> TinyLM:
-    # A module made on "meta" draws no random numbers; its memory is then left for the caller.
-    with torch.device("meta"):
-        net = TinyLM(config)
-    return net.to_empty(device="cpu")

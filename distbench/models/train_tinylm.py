@@ -54,8 +54,10 @@ from distbench.models.tinylm_data import (
     read_text,
     training_bytes,
 )
-from distbench.models.tinylm_net import TRAINED, Block, TinyLM, load_net, random_net
+from distbench.models.tinylm_net import Block, TinyLM
+from distbench.models.tinylm_weights import load_net, random_net
 from distbench.models.train_digits import write
+from distbench.shape import TRAINED
 
 SEED = 0
 STEPS = 3000
@@ -207,7 +209,7 @@ class Dropout(nn.Module):
 
 def with_dropout(net: TinyLM, generator: torch.Generator) -> TinyLM:
     """Put dropout behind both parts of every layer; changes and returns the network."""
-    for block in net.layers:
+    for block in net.layers.values():
         assert isinstance(block, Block)
         block.attention.o = Dropout(block.attention.o, generator)
         block.feed.down = Dropout(block.feed.down, generator)
@@ -216,7 +218,7 @@ def with_dropout(net: TinyLM, generator: torch.Generator) -> TinyLM:
 
 def without_dropout(net: TinyLM) -> TinyLM:
     """Undo ``with_dropout``; changes and returns the network."""
-    for block in net.layers:
+    for block in net.layers.values():
         assert isinstance(block, Block)
         assert isinstance(block.attention.o, Dropout)
         assert isinstance(block.feed.down, Dropout)

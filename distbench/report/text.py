@@ -7,6 +7,7 @@ from typing import Any
 from distbench.report.bounded import bound_lines, peak_lines, search_lines
 from distbench.report.central import driver_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
+from distbench.report.stages import stage_lines
 from distbench.report.units import (
     FIRST_RANKS,
     WORST_RANKS,
@@ -41,6 +42,7 @@ def to_text(result: dict[str, Any]) -> str:
     if not trail or "latency.p50" in result["metrics"]:
         lines += [*(_windows(result) if until else _latencies(result)), ""]
     lines += [*bound_lines(result), ""] if result["tables"].get("bounds") else []
+    lines += [*stage_lines(result), ""] if result["tables"].get("stages") else []
     lines += [*trail, ""] if trail else []
     lines += [*_accuracy(result), "", *_gates(result)]
     lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]

@@ -18,9 +18,8 @@ from distbench.models.tinylm import (
     bits_per_byte,
     build,
     count_matching,
-    flops_per_sample,
+    describe,
     greedy,
-    slot_engine,
 )
 from distbench.models.tinylm_data import (
     SHA256,
@@ -31,16 +30,10 @@ from distbench.models.tinylm_data import (
     read_text,
     training_bytes,
 )
-from distbench.models.tinylm_net import (
-    TRAINED,
-    NetConfig,
-    TinyLM,
-    build_net,
-    load_net,
-    new_cache,
-    random_net,
-    slot_bytes,
-)
+from distbench.models.decoders import slot_engine
+from distbench.models.tinylm_net import TinyLM, new_cache, slot_bytes
+from distbench.models.tinylm_weights import build_net, load_net, random_net
+from distbench.shape import TRAINED, NetConfig
 from distbench.sut import Done, First, SystemUnderTest, run_indices
 from tests.support import run_module
 
@@ -416,7 +409,7 @@ def test_matching_counts_places_and_a_short_output_lacks_the_rest(expected):
 def test_operations_are_two_for_each_weight_and_token_read(net, drawn):
     weights = 128 * 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 160)
     tokens = sum(map(len, drawn.prompts)) + drawn.output_lengths.sum() - 1024
-    assert flops_per_sample(net, drawn) == 2 * weights * tokens // 1024
+    assert describe().flops_per_sample == 2 * weights * tokens // 1024
 
 
 def test_more_slots_than_memory_are_refused_with_both_sizes_and_the_most_that_fit(monkeypatch):

@@ -16,8 +16,9 @@ import numpy as np
 from distbench.central import COURSE_COLUMNS
 from distbench.dispatch import COLUMNS
 from distbench.errors import DRIVER
+from distbench.rank_files import write_driver, write_rank
 from distbench.record import write_report
-from distbench.run import RankRecord, Run, rank_folder, write_driver, write_rank
+from distbench.run import RankRecord, Run, rank_folder
 from distbench.samples import SampleLog
 
 from .synthetic import AFTER_NS, BEFORE_NS, BOUND_NS, START_NS, make_ranks

@@ -21,8 +21,9 @@ import numpy as np
 
 from distbench import files
 from distbench.files import write_manifest
+from distbench.rank_files import write_done
 from distbench.record import write_report
-from distbench.run import RankRecord, Run, rank_folder, write_done
+from distbench.run import RankRecord, Run, rank_folder
 from distbench.samples import SampleLog
 
 START_NS = 1_000_000_000_000_000

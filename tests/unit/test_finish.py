@@ -196,7 +196,12 @@ class Scored(FromCallable):
 
 
 def ranks(size):
-    return [SimpleNamespace(rank=r, world_size=size, host=f"jw{r + 2}") for r in range(size)]
+    return [
+        SimpleNamespace(
+            rank=r, world_size=size, host=f"jw{r + 2}", replica=r, replicas=size, leader=True
+        )
+        for r in range(size)
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 11])

@@ -19,20 +19,20 @@ LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching cells settings search histogram quantiles student stats steady "
-    "run sums windows times laps pool intervals metrics findings checks settled trust pace "
+    "run rank_files shape layout stages sums windows times laps pool intervals metrics findings checks settled trust pace "
     "ruling verdict tried trail scaling report compare conditions launches wire pings liveness "
     "network cli joined waiting frames dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
-    "readiness finish probe nvml window peak command",
+    "readiness finish probe nvml window peak command parallel",
     # Scenarios.
-    "offline server singlestream multistream worker central spawn coordinated",
+    "offline server singlestream multistream worker central spawn coordinated distributed",
     # Commands around runs.
     "plan verify salvage baseline",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
-COLLECTIVE = {"world"}
-"""The module that may call torch.distributed."""
+COLLECTIVE = {"world", "parallel"}
+"""The modules that may call torch.distributed."""
 SERIALIZERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
 

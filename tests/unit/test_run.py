@@ -14,7 +14,8 @@ import pytest
 from distbench import files
 from distbench.clock import ClockModel
 from distbench.errors import DistbenchError, UsageError
-from distbench.run import RankRecord, load_run, rank_folder, read_record, write_rank
+from distbench.rank_files import write_rank
+from distbench.run import RankRecord, load_run, rank_folder, read_record
 
 from .synthetic import BEFORE_NS, OFFSET_NS, RUN_ID, START_NS, edit_json, in_memory, make_run
 

@@ -217,13 +217,13 @@ def test_what_was_written_long_ago_is_forgotten_though_the_engine_is_never_idle(
     for _ in range(20):
         sut.poll(FOREVER)
     for number in range(3 * KEPT_STEPS):
-        if not sut._waiting:
+        if not sut._prompts.waiting:
             issue(sut, number % 100)
         for done in sut.poll(FOREVER):
             if isinstance(done, Done):
                 assert done.outputs[0].tolist() == written(PROMPTS[done.row], 40)
     assert sut.steps > 2 * KEPT_STEPS
-    assert len(sut._written) == len(sut._stamps) <= KEPT_STEPS + 40
+    assert len(sut._lane._written) == len(sut._lane._stamps) <= KEPT_STEPS + 40
 
 
 def test_more_than_one_sample_a_group_is_refused_with_the_remedy():

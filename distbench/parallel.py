@@ -1,0 +1,320 @@
+"""Placing a model on ranks: the device mesh, the links between stages, and each rank's own shard.
+
+``lay_out`` numbers the replicas and makes the process groups; ``cut`` makes a rank's part of a
+decoder without ever holding the whole. What is sent are tensors of known shapes: nothing is
+pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distbench.engines.pipeline import Edge, Edges
+from distbench.layout import Layout, check_world
+from distbench.models.tinylm_net import TinyLM
+from distbench.models.tinylm_weights import Whole, fill
+from distbench.shape import NetConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from distbench.world import World
+
+FOREVER = timedelta(days=365)
+"""A rank that follows waits for the next step as long as it takes: the links of ``wire`` tell who
+is lost, and end the process."""
+LEAVE_S = 10.0
+"""How long a rank's ``follow`` may take to return after the leader's ``close``."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One direction of one edge: a process group of its own, of two ranks.
+
+    Attributes:
+        group: of both.
+        peer: the other one's rank in it.
+    """
+
+    group: Any
+    peer: int
+
+    def post(self, tensor: Tensor) -> Any:
+        """Send a tensor; returns at once."""
+        return dist.isend(tensor.contiguous(), group=self.group, group_dst=self.peer)
+
+    def take(self, tensor: Tensor) -> None:
+        """Receive into a tensor; over NCCL the current stream waits, and the host does not."""
+        work = dist.irecv(tensor, group=self.group, group_src=self.peer)
+        assert work is not None
+        work.wait()
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A rank's place in a layout.
+
+    Attributes:
+        world: with this rank's replica.
+        layout: of every replica.
+        mesh: of all ranks; its dimensions are "replica", "pp" and "tp".
+        edges: of this rank.
+        device: that it computes on.
+    """
+
+    world: World
+    layout: Layout
+    mesh: DeviceMesh
+    edges: Edges
+    device: torch.device
+
+    @property
+    def stage(self) -> int:
+        """This rank's stage."""
+        return self.layout.stage(self.world.rank)
+
+    def told(self) -> dict[str, Any]:
+        """Return what rank.json says of it."""
+        return {
+            "name": self.layout.name,
+            "pp": self.layout.pp,
+            "tp": self.layout.tp,
+            "replicas": self.world.replicas,
+            "stage": self.stage,
+            "part": self.layout.part(self.world.rank),
+        }
+
+
+def lay_out(world: World, layout: Layout) -> Placed:
+    """Make the mesh and the links of a layout, and warm them; all ranks call it.
+
+    Args:
+        world: all ranks.
+        layout: of a replica; the other ranks hold more of them.
+
+    Raises:
+        UsageError: the ranks are no multiple of a replica's.
+    """
+    check_world(layout, world.world_size)
+    rank, degree = world.rank, layout.degree
+    device = torch.device("cpu")
+    if world.device.type == "cuda":
+        device = torch.device("cuda", world.device.index)
+    mesh = _mesh(world, layout)
+    first = rank - rank % degree
+    laid = replace(
+        world,
+        replica=rank // degree,
+        replicas=world.world_size // degree,
+        leader=rank == first,
+    )
+    edges = Edges()
+    for leader in layout.leaders(world.world_size):
+        made = _edges(layout, rank, leader, world.backend)
+        edges = made if leader == first else edges
+    _warm(edges, device)
+    return Placed(laid, layout, mesh, edges, device)
+
+
+def _mesh(world: World, layout: Layout) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  slow to import
+
+    shape = (world.world_size // layout.degree, layout.pp, layout.tp)
+    override: Any = None
+    if world.backend == "nccl":
+        override = {"pp": "nccl", "tp": "nccl"}
+    if not dist.is_initialized():  # one rank alone: torch's mesh needs a group all the same
+        dist.init_process_group(
+            "gloo",
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
+    return init_device_mesh(
+        world.device.type,
+        shape,
+        mesh_dim_names=("replica", "pp", "tp"),
+        backend_override=override,
+    )
+
+
+def _edges(layout: Layout, rank: int, first: int, backend: str) -> Edges:
+    """Make the links of one replica; all ranks call it, and those of other replicas get none."""
+    above, below, back = None, list[Edge](), None
+    for upper, lower, tokens in steps_of(layout, first):
+        head = _way(upper, lower, rank, "gloo")
+        body = _way(upper, lower, rank, "gloo" if tokens else backend)
+        if head is not None and body is not None:
+            if rank == upper:
+                below.append(Edge(head, body, tokens))
+            else:
+                above = Edge(head, body, tokens)
+    last = first + (layout.pp - 1) * layout.tp
+    if layout.pp > 1:
+        back = _way(last, first, rank, "gloo")
+    return Edges(above, tuple(below), back)
+
+
+def steps_of(layout: Layout, first: int) -> list[tuple[int, int, bool]]:
+    """Return the edges on which a replica's steps go down.
+
+    Args:
+        layout: of the replica.
+        first: its leader's rank.
+
+    Returns:
+        Upper rank, lower rank, and whether tokens go over it in place of activations: from the
+        leader to the other parts of the first stage, then from each part to that of the next stage.
+    """
+    tp = layout.tp
+    told = [(first, first + part, True) for part in range(1, tp)]
+    for upper in range(first, first + (layout.pp - 1) * tp):
+        told.append((upper, upper + tp, False))
+    return told
+
+
+def _way(source: int, target: int, rank: int, backend: str) -> Way | None:
+    # All ranks make every group: torch names one that its members make alone by the number of
+    # groups that each of them has already, which differs between ranks, so that they never meet.
+    ranks = sorted((source, target))
+    group = dist.new_group(
+        ranks, backend=backend, timeout=FOREVER, group_desc=f"distbench {source} to {target}"
+    )
+    if rank not in ranks:
+        return None
+    return Way(group, ranks.index(target if rank == source else source))
+
+
+def _warm(edges: Edges, device: torch.device) -> None:
+    """Send one element over each link, so that none connects within a window."""
+    posted = []
+    host = torch.zeros(1, dtype=torch.int64)
+    for edge in edges.below:
+        place = torch.device("cpu") if edge.tokens else device
+        posted += [edge.head.post(host), edge.body.post(torch.zeros(1, device=place))]
+    if edges.back is not None and edges.above is not None:
+        posted.append(edges.back.post(host))
+    if edges.above is not None:
+        place = torch.device("cpu") if edges.above.tokens else device
+        edges.above.head.take(torch.zeros(1, dtype=torch.int64))
+        edges.above.body.take(torch.zeros(1, device=place))
+    elif edges.back is not None:
+        edges.back.take(torch.zeros(1, dtype=torch.int64))
+    for work in posted:
+        work.wait()
+
+
+class Reduced(nn.Module):
+    """A linear map of which each part holds some columns: computed, then summed over the parts."""
+
+    def __init__(self, weight: Tensor, group: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map shape (..., own columns) to shape (..., rows), the same on every part."""
+        out = nn.functional.linear(x, self.weight)
+        dist.all_reduce(out, group=self.group)
+        return out
+
+
+ROWS = ("attention.q", "attention.k", "attention.v", "feed.gate", "feed.up")
+COLUMNS = ("attention.o", "feed.down")
+"""Matrices of a layer whose rows or columns are divided among the parts."""
+
+
+def cut(
+    config: NetConfig,
+    placed: Placed,
+    halves: tuple[int, int],
+    whole: Whole,
+    dtype: torch.dtype = torch.float32,
+) -> TinyLM:
+    """Make this rank's part of a decoder.
+
+    The parts are placed by ``parallelize_module``. It leaves DTensors, whose dispatch in Python
+    takes longer than a small layer's work; so each part then computes on its local matrices, with
+    one all-reduce after each attention and each feed-forward.
+
+    Args:
+        config: of the whole decoder.
+        placed: where this rank is.
+        halves: begin and end of its stage, in half layers.
+        whole: its weights, whole parameters of which this rank keeps its part.
+        dtype: of the network.
+
+    Returns:
+        The network, on the device, in eval mode.
+    """
+    with torch.device("meta"):
+        net = TinyLM(config, *halves).to(dtype)
+    if placed.layout.tp == 1:
+        return fill(net.to_empty(device=placed.device), whole)
+    from torch.distributed.tensor.parallel import (  # noqa: PLC0415  slow to import
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    plan: dict[str, Any] = {}
+    for number, block in net.layers.items():
+        for name, _ in block.named_modules():
+            if name in ROWS:
+                plan[f"layers.{number}.{name}"] = ColwiseParallel()
+            elif name in COLUMNS:
+                plan[f"layers.{number}.{name}"] = RowwiseParallel()
+    mesh = placed.mesh["tp"]
+    parallelize_module(net, mesh, plan, src_data_rank=None)
+    fill(net.to_empty(device=placed.device), whole)
+    group = mesh.get_group()
+    for name in plan:
+        weight = net.get_parameter(f"{name}.weight").to_local()  # type: ignore[attr-defined]
+        own: nn.Module = Reduced(weight, group)
+        if name.endswith(ROWS):
+            own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            own.weight = nn.Parameter(weight, requires_grad=False)
+        net.set_submodule(name, own)
+    return net.eval()
+
+
+@contextmanager
+def following(sut: Any, world: World) -> Iterator[None]:
+    """Let a rank follow its leader on a thread of its own; its main thread goes with the others'.
+
+    Args:
+        sut: has ``follow`` where the rank follows; others are left alone.
+        world: all ranks; they are told if ``follow`` fails.
+
+    Yields:
+        While it follows.
+    """
+    follow = getattr(sut, "follow", None)
+    if follow is None or world.leader:
+        yield
+        return
+
+    def keep_following() -> None:
+        if world.device.type == "cuda":
+            torch.cuda.set_device(world.device.index)
+        try:
+            follow()
+        except Exception as error:  # whatever it is: the others would wait for this rank
+            world.side.fail(error)
+
+    thread = Thread(target=keep_following, name="distbench-follow", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        sut.close()
+        thread.join(LEAVE_S)
