@@ -11,28 +11,33 @@ that a replica does not need hold more replicas.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli import Option, Values, one_of, positive, positive_number
 from distbench.command import options_but, run_scenario, start_command
 from distbench.coordinated import LOAD
-from distbench.layout import Layout, ShardPlan, parse_layout
+from distbench.layout import Layout, ShardPlan, check_shape, check_world, parse_layout
 from distbench.load import Load
 from distbench.models import token_model
 from distbench.offline import OFFLINE
+from distbench.predict import Link, Work, foresee
 from distbench.server import OPTIONS as SERVER_OPTIONS
 from distbench.server import SERVER, paced_by_trace
 from distbench.settings import Settings
+from distbench.sharding import cells_of
 
 if TYPE_CHECKING:
+    from distbench.models.decoders import DecoderModel
     from distbench.parallel import Placed
-    from distbench.run import Run
     from distbench.windows import Windows
     from distbench.world import World
 
+ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DEFAULT_LANES = 2
 """Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
 tokens come round."""
@@ -45,36 +50,27 @@ class Cut:
     Attributes:
         placed: where this rank is.
         sut: its part.
+        lanes: micro-batches in flight.
     """
 
     placed: Placed
     sut: Any
+    lanes: int
 
 
+@dataclass(frozen=True)
 class Cuts:
-    """The models of all layouts that are compared; a command closes them together."""
+    """The models of all layouts that are compared.
 
-    def __init__(self) -> None:
-        self.stack = ExitStack()
-        self.cuts: list[Cut] = []
+    Attributes:
+        model: what they compute.
+        every: in the order in which they were asked for.
+        stack: lets every rank that follows leave.
+    """
 
-    def add(self, settings: Settings, world: World, layout: Layout) -> None:
-        """Build this rank's part under one more layout; all ranks call it.
-
-        Raises:
-            UsageError: the layout does not divide ranks or model.
-        """
-        from distbench.models.decoders import build_part  # noqa: PLC0415  torch
-        from distbench.parallel import following, lay_out  # noqa: PLC0415
-
-        assert settings.shard is not None
-        model = token_model(settings.model_name, settings.group, settings.dtype)
-        lanes = settings.shard.lanes or DEFAULT_LANES * layout.pp * (layout.pp > 1) or 1
-        placed = lay_out(world, layout)
-        sut = build_part(model, placed, lanes, world.now)
-        self.stack.enter_context(following(sut, placed.world))
-        self.stack.callback(sut.close)
-        self.cuts.append(Cut(placed, sut))
+    model: DecoderModel
+    every: list[Cut]
+    stack: ExitStack
 
     def close(self) -> None:
         """Let every rank that follows leave."""
@@ -82,25 +78,137 @@ class Cuts:
 
 
 def build_cuts(settings: Settings, world: World) -> Cuts:
-    """Build all layouts; raises what ``Cuts.add`` does."""
+    """Build this rank's part of the model under every layout; all ranks call it.
+
+    Raises:
+        UsageError: a layout does not divide ranks or model, or has no room.
+    """
+    from distbench.parallel import lay_out  # noqa: PLC0415  torch, which --help does without
+
     assert settings.shard is not None
-    cuts = Cuts()
+    model = token_model(settings.model_name, settings.group, settings.dtype)
+    cuts = Cuts(model, [], ExitStack())
     for layout in settings.shard.layouts:
-        cuts.add(settings, world, layout)
+        lanes = lanes_of(layout, settings.shard.lanes)
+        check_world(layout, world.world_size)
+        check_shape(layout, model.config, lanes, model.slots)
+    for layout in settings.shard.layouts:
+        placed = lay_out(world, layout)
+        cuts.every.append(_build(cuts, placed, lanes_of(layout, settings.shard.lanes)))
     return cuts
 
 
-def measure_distributed(cuts: Cuts, _world: World, settings: Settings) -> Run | Windows:
-    """Take the windows; all ranks call it."""
-    from distbench.window import measure  # noqa: PLC0415
+def lanes_of(layout: Layout, asked: int) -> int:
+    """Return the micro-batches of a replica; without stages all its texts are one."""
+    return (asked or DEFAULT_LANES * layout.pp) if layout.pp > 1 else 1
+
+
+def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
+    """Build one layout, and hold its answers against those of the whole model."""
+    from distbench.models.decoders import build_part  # noqa: PLC0415
+    from distbench.models.parity import compare, fits_whole, parity  # noqa: PLC0415
+    from distbench.parallel import following  # noqa: PLC0415
+
+    world, model, found = placed.world, cuts.model, dict[str, Any]()
+    whole = min(world.gather_json(fits_whole(model, placed.device)))
+    if placed.layout.degree > 1 and not whole:
+        found = parity(model, placed, lanes, lambda part: following(part, world))
+    sut: Any = build_part(model, placed, lanes, world.now)
+    cuts.stack.enter_context(following(sut, world))
+    cuts.stack.callback(sut.close)
+    if placed.layout.degree > 1 and whole and world.leader:
+        found = compare(sut, model, placed.device)
+    told = world.gather_json(found)
+    # Ranks that follow have the word of their leader, so that any rank's record tells it.
+    sut.layout["parity"] = told[world.replica * placed.layout.degree] or None
+    return Cut(placed, sut, lanes)
+
+
+def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:
+    """Work out what each layout should do, by rank 0's measurements; all ranks call it."""
+    from distbench.models.speed import measure_speed  # noqa: PLC0415
+    from distbench.parallel import measure_links  # noqa: PLC0415
+
+    model, made = cuts.model, dict[str, Any]()
+    rows = [model.slots // cut.lanes for cut in cuts.every]
+    speed = measure_speed(model, rows, cuts.every[0].placed.device, world.now)
+    work = Work(
+        model.config,
+        ITEM_BYTES[model.dtype],
+        fmean(map(len, model.prompts)),
+        float(model.output_lengths.mean()),
+        model.slots,
+    )
+    for cut in cuts.every:
+        layout, links = cut.placed.layout, (Link(0, 1), Link(0, 1))
+        if layout.degree > 1:
+            links = measure_links(cut.placed, world.now)
+        told = foresee(layout, cut.lanes, work, speed, *links)
+        made[layout.name] = {
+            "rate": world.world_size / layout.degree / told.text_s,
+            "held_by": told.held_by,
+            "links": [asdict(each) for each in links] if layout.degree > 1 else None,
+            "speed": {"step_s": speed.step_s[model.slots // cut.lanes], "prompt_s": speed.prompt_s},
+        }
+    first: dict[str, Any] = world.gather_json(made)[0]
+    return first
+
+
+def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows:
+    """Take the windows of all layouts in turn; all ranks call it.
+
+    Raises:
+        UsageError: something cannot be used as asked, on any rank; all ranks raise it.
+        IncompleteError: the result could not be written.
+    """
+    from distbench import finish, record  # noqa: PLC0415  torch
+    from distbench.readiness import prepare  # noqa: PLC0415
+    from distbench.window import Turn, one_window  # noqa: PLC0415
 
     course = OFFLINE if settings.load is None else SERVER
-    (only,) = cuts.cuts
-    return measure(course, only.sut, only.placed.world, settings)
+    assert settings.shard is not None
+    by_name = {cut.placed.layout.name: cut for cut in cuts.every}
+    plan = {
+        "layouts": list(by_name),
+        "rounds": settings.shard.rounds,
+        "told": {name: cut.sut.layout for name, cut in by_name.items()},
+        "foreseen": foreseen(cuts, world),
+    }
+    prepared = {
+        name: prepare(course, cut.sut, cut.placed.world, settings) for name, cut in by_name.items()
+    }
+    folder = record.name_folder(world, settings.output_dir, course.scenario, settings.name)
+    planned, results = cells_of(plan), dict[str, dict[str, Any]]()
+    turns = {name: Turn(planned=len(planned)) for name in by_name}
+    for number, (name, each) in enumerate(planned):
+        turn = turns[name]
+        turn.number = number
+        turn.sharding = {"plan": plan, "cell": {"layout": name, "round": each}}
+        own = record.window_folder(folder, number, world.rank)
+        run = one_window(prepared[name], by_name[name].placed.world, own, turn)
+        if world.rank == 0:
+            found = results[own.path.name] = run.result()
+            if not settings.quiet:
+                _tell(own.path.name, name, each, found)
+        del run  # with the samples of all ranks, before those of the next window come
+    return finish.write_windows(world, folder.path, results)
+
+
+def _tell(window: str, name: str, each: int, result: dict[str, Any]) -> None:
+    rate = result["metrics"]["throughput"]["value"]
+    shown = "unknown" if rate is None else f"{rate:,.6g} samples/s"
+    sys.stderr.write(f"distbench: window {window}, round {each}, {name}: {shown}\n")
 
 
 OPTIONS = (
-    Option("shard", "pp", str, "pp, tp, pp2xtp2, replicas", "LAYOUT[,...]"),
+    Option(
+        "shard",
+        "pp,replicas",
+        str,
+        "layouts to compare: pp, tp, such as pp2, tp2, pp2xtp2, and replicas",
+        "LAYOUT[,...]",
+    ),
+    Option("rounds", "4", positive, "how often each layout is measured, an even number", "N"),
     Option("degree", None, positive, "ranks of a replica (default: all)", "N"),
     Option("micro-batches", None, positive, "in flight (default: 2 for each stage)", "N"),
     Option("scenario", "offline", one_of("offline", "server"), "of the windows", "NAME"),
@@ -124,7 +232,7 @@ def read_shard(values: Values) -> dict[str, Any]:
     layouts = tuple(parse_layout(each, v["degree"], world_size) for each in v["shard"].split(","))
     return {
         "load": paced_by_trace(load) if server else None,
-        "shard": ShardPlan(layouts, v["micro_batches"] or 0),
+        "shard": ShardPlan(layouts, v["micro_batches"] or 0, v["rounds"]),
         "name": v["name"] or "distributed",
         "batch_size": 1,
     }

@@ -71,7 +71,17 @@ class ShardPlan:
 
     layouts: tuple[Layout, ...]
     lanes: int = 0
-    rounds: int = 1
+    rounds: int = 4
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.layouts]
+        if len(set(names)) < len(names):
+            raise UsageError(f"--shard names a layout twice: {', '.join(names)}")
+        if self.rounds < 2 or self.rounds % 2:
+            raise UsageError(
+                f"{self.rounds} rounds are not 2, 4, 6 ...: every other one runs in reverse "
+                "(--rounds)"
+            )
 
 
 REPLICAS = Layout()

@@ -7,10 +7,11 @@ pickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from statistics import median
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distbench.clock import Now
 from distbench.engines.pipeline import Edge, Edges
 from distbench.layout import Layout, check_world
 from distbench.models.tinylm_net import TinyLM
 from distbench.models.tinylm_weights import Whole, fill
+from distbench.predict import Link
 from distbench.shape import NetConfig
 
 if TYPE_CHECKING:
@@ -318,3 +321,52 @@ def following(sut: Any, world: World) -> Iterator[None]:
     finally:
         sut.close()
         thread.join(LEAVE_S)
+
+
+SMALL, LARGE = 256, 65_536
+"""float32 elements of the messages from which latency and rate of a link are worked out: 1 KiB and
+256 KiB."""
+REPEATS = 9
+
+
+def measure_links(placed: Placed, now: Now) -> tuple[Link, Link]:
+    """Measure a send between neighbours and an all-reduce, within this rank's replica, untimed.
+
+    All ranks call it. Where a layout has no stages, its parts are the neighbours, and the other
+    way round.
+
+    Returns:
+        What a send and what an all-reduce take, by this rank's clock.
+    """
+    stages, parts = (placed.mesh[name].get_group() for name in ("pp", "tp"))
+    sending = stages if placed.layout.pp > 1 else parts
+    reducing = parts if placed.layout.tp > 1 else stages
+    send = _link(lambda tensor: _there_and_back(tensor, sending), placed, now, 2)
+    reduce = _link(lambda tensor: dist.all_reduce(tensor, group=reducing), placed, now, 1)
+    return send, reduce
+
+
+def _there_and_back(tensor: Tensor, group: Any) -> None:
+    rank = dist.get_rank(group)
+    if rank == 0:
+        dist.send(tensor, group=group, group_dst=1)
+        dist.recv(tensor, group=group, group_src=1)
+    elif rank == 1:
+        dist.recv(tensor, group=group, group_src=0)
+        dist.send(tensor, group=group, group_dst=0)
+
+
+def _link(once: Callable[[Tensor], Any], placed: Placed, now: Now, ways: int) -> Link:
+    took = []
+    for size in (SMALL, LARGE):
+        tensor, times = torch.zeros(size, device=placed.device), []
+        for _ in range(REPEATS):
+            before = now()
+            once(tensor)
+            if placed.device.type == "cuda":
+                torch.cuda.synchronize(placed.device)
+            times.append((now() - before) / 1e9 / ways)
+        took.append(median(times[2:]))
+    small, large = took
+    rate = (LARGE - SMALL) * 4 / max(large - small, 1e-9)
+    return Link(max(small - SMALL * 4 / rate, 1e-9), rate)

@@ -127,6 +127,7 @@ def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
         "planned": place["planned"],
         "search": place.get("search"),
         "scaling": place.get("scaling"),
+        "sharding": place.get("sharding"),
         "samples": sum(t.ok for t in times),
         "makespan_s": None if span.value_ns is None else span.value_ns / m.NS,
         "makespan_bound_s": None if span.bound_ns is None else span.bound_ns / m.NS,

@@ -50,6 +50,8 @@ class Turn:
         accurate: outputs of the accuracy pass, which the first window had, by sample index.
         search: of a peak search, its plan and what this window is in it.
         scaling: of a scaling run, likewise.
+        sharding: of a run of several layouts, likewise.
+        scored: whether an earlier window had the accuracy pass.
     """
 
     number: int = 0
@@ -57,11 +59,13 @@ class Turn:
     accurate: dict[int, Any] = field(default_factory=dict)
     search: dict[str, Any] | None = None
     scaling: dict[str, Any] | None = None
+    sharding: dict[str, Any] | None = None
+    scored: bool = False
 
     def told(self) -> dict[str, Any] | None:
         """Return what a window's rank.json has of it; None for a command of one window."""
         place = {"number": self.number, "planned": self.planned}
-        more = {"search": self.search, "scaling": self.scaling}
+        more = {"search": self.search, "scaling": self.scaling, "sharding": self.sharding}
         return {**place, **more} if self.planned else None
 
 
@@ -184,15 +188,16 @@ def _check_accuracy(
     raised = bool(recorder.after.get("raised"))
     with record.watched(world, setup_limit_s(settings)) as tell:
         score, accurate = finish.accuracy_pass(
-            sut, world, settings.group, raised, turn.number > 0, tell
+            sut, world, settings.group, raised, turn.scored, tell
         )
     indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
-    if turn.number == 0:
+    if not turn.scored:
+        turn.scored = True
         # Windows keep outputs of the same rows: those of other samples are not needed. Not so where
         # a rank may rest in the first one, and each round has its own order.
         group = prepared.part.group
         near = {i for row in kept for i in log.index[row : row + group].tolist()}
-        near = near if turn.scaling is None else set(accurate)
+        near = near if turn.scaling is None and turn.sharding is None else set(accurate)
         turn.accurate = {index: accurate[index] for index in near & accurate.keys()}
     recorder.after["outputs"] = finish.check_outputs(
         kept, indices_of, turn.accurate, finish.tolerance(sut)

@@ -138,6 +138,10 @@ def windows_result(
         from distbench.scaling import scaled  # noqa: PLC0415  likewise
 
         return scaled(results, problems or {}, launches[0])
+    if first["window"].get("sharding"):
+        from distbench.sharding import sharded  # noqa: PLC0415  likewise
+
+        return sharded(results, problems or {}, launches[0])
     rates = [each["metrics"]["throughput"]["value"] for each in every]
     reached = until(first["window"]["until"], rates)
     planned = _planned(every, reached)

@@ -35,7 +35,8 @@ from distbench.engines.stopwatch import Stopwatch
 from distbench.models.tinylm_net import KVCache, TinyLM
 from distbench.sut import Done, First, Indices
 
-STOP, PREFILL, DECODE = 0, 1, 2
+STOP, PREFILL, DECODE, CHECK = 0, 1, 2, 3
+"""Kinds of steps; a check is a prefill whose logits come back in place of tokens."""
 FIELDS = 5
 """Of a header before its slots and positions: kind, lane, rows, length, limit."""
 
@@ -130,15 +131,16 @@ class StageRank:
             x: tokens, shape (rows, length), int64, or activations, (rows, length, width).
 
         Returns:
-            Of the last stage the tokens, shape (rows,), int64, on the device; else activations.
+            Of the last stage the tokens, shape (rows,), int64, on the device, or of a check the
+            logits, (rows, vocabulary), float32; of the others activations.
         """
         kind, lane, rows, length, limit = head[:FIELDS].tolist()
         self._pass_tokens(lane, head, x)
-        self.watch.begin_work(kind == PREFILL, rows)
+        self.watch.begin_work(kind != DECODE, rows)
         slots = numbers = None
         at = head[FIELDS + self.slots : FIELDS + self.slots + rows].to(self.device)
         x = x.to(self.device)
-        if kind == PREFILL:
+        if kind != DECODE:
             slots = head[FIELDS : FIELDS + rows].to(self.device)
             numbers = at - 1  # of each prompt's last token
             positions = torch.arange(length, device=self.device).expand(rows, length)
@@ -147,7 +149,7 @@ class StageRank:
         out: Tensor = self.net(x, self.caches[lane], positions, slots, limit)
         if self.net.last:
             last = out[:, 0] if numbers is None else out[range(rows), numbers]
-            out = last.argmax(dim=-1)
+            out = last.float() if kind == CHECK else last.argmax(dim=-1)
         self.watch.end_work()
         if not self.net.last:
             self._pass(lane, head, out)
@@ -273,6 +275,25 @@ class PipelineEngine:
         self._resting.append(lane)
         return self._lanes[lane].landed(tokens, self.now())
 
+    def logits(self, prompts: Sequence[bytes]) -> Tensor:
+        """Return what the model makes of some prompts; nothing may be in flight.
+
+        Args:
+            prompts: no more than a lane has slots.
+
+        Returns:
+            Of the token after each, shape (n, vocabulary), float32, in host memory.
+        """
+        with torch.inference_mode():
+            head, x = self._prefill(CHECK, 0, range(len(prompts)), prompts)
+            out = self.rank.run(head, x)
+            back = self.rank.edges.back
+            if back is None:
+                return out.cpu()
+            told = torch.empty(len(prompts), self.rank.net.config.vocabulary)
+            back.take(told)
+            return told
+
     def close(self) -> None:
         """Forget what waits and is being written, and let the other ranks leave ``follow``."""
         self._prompts.waiting.clear()
@@ -296,19 +317,12 @@ class PipelineEngine:
 
     def _begin(self, lane: int, step: Step) -> Tensor:
         """Compute the leader's layers of a step; returns its tokens, or room for them."""
-        head = self.rank.header()
-        at = FIELDS + self.rank.slots
         if type(step) is Prefill:
-            rows, longest = len(step.slots), max(map(len, step.prompts))
-            filled = b"".join(prompt.ljust(longest, b"\0") for prompt in step.prompts)
-            codes = np.frombuffer(filled, np.uint8).reshape(rows, longest).astype(np.int64)
-            x = torch.from_numpy(codes)
-            head[:FIELDS] = torch.tensor([PREFILL, lane, rows, longest, self._rounded(longest)])
-            head[FIELDS : FIELDS + rows] = torch.tensor(step.slots)
-            head[at : at + rows] = torch.tensor([len(prompt) for prompt in step.prompts])
+            rows = len(step.slots)
+            head, x = self._prefill(PREFILL, lane, step.slots, step.prompts)
         else:
             assert type(step) is Decode
-            rows = step.top
+            head, at, rows = self.rank.header(), FIELDS + self.rank.slots, step.top
             x = self._tokens[lane][:rows, None].clone()
             head[:FIELDS] = torch.tensor([DECODE, lane, rows, 1, self._rounded(step.limit)])
             head[at : at + rows] = self._positions[lane][:rows]
@@ -316,6 +330,19 @@ class PipelineEngine:
         if self.rank.edges.back is not None:
             return torch.empty(rows, dtype=torch.int64)
         return out.cpu()
+
+    def _prefill(
+        self, kind: int, lane: int, slots: Sequence[int], prompts: Sequence[bytes]
+    ) -> tuple[Tensor, Tensor]:
+        """Return header and tokens of prompts, the shorter ones filled up with zeros."""
+        head, at = self.rank.header(), FIELDS + self.rank.slots
+        rows, longest = len(slots), max(map(len, prompts))
+        filled = b"".join(prompt.ljust(longest, b"\0") for prompt in prompts)
+        codes = np.frombuffer(filled, np.uint8).reshape(rows, longest).astype(np.int64)
+        head[:FIELDS] = torch.tensor([kind, lane, rows, longest, self._rounded(longest)])
+        head[FIELDS : FIELDS + rows] = torch.tensor(slots)
+        head[at : at + rows] = torch.tensor([len(prompt) for prompt in prompts])
+        return head, torch.from_numpy(codes)
 
     def _advance(self, lane: int, step: Step, told: Tensor) -> None:
         """Note the tokens, and where in their slots the next ones stand."""

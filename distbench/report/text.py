@@ -7,6 +7,7 @@ from typing import Any
 from distbench.report.bounded import bound_lines, peak_lines, search_lines
 from distbench.report.central import driver_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
+from distbench.report.sharding import layout_lines
 from distbench.report.stages import stage_lines
 from distbench.report.units import (
     FIRST_RANKS,
@@ -37,7 +38,7 @@ def to_text(result: dict[str, Any]) -> str:
     """
     lines = [_verdict(result), "", _headline(result), ""]
     lines += [*peak_lines(result), *efficiency_lines(result), *_throughput(result), ""]
-    trail = search_lines(result) or scaling_lines(result)
+    trail = search_lines(result) or scaling_lines(result) or layout_lines(result)
     until = result["windows"] and not trail
     if not trail or "latency.p50" in result["metrics"]:
         lines += [*(_windows(result) if until else _latencies(result)), ""]
@@ -86,7 +87,9 @@ def _headline(result: dict[str, Any]) -> str:
     window, config = result["window"], result["config"]
     hosts, kind, load = window["hosts"], scenario(result["scenario"]), window["load"]
     parts = [
-        "coordinated " * bool(window.get("scaling")) + result["scenario"],
+        "coordinated " * bool(window.get("scaling"))
+        + "distributed " * bool(window.get("sharding"))
+        + result["scenario"],
         window["model"]["name"],
         f"{counted(window['world_size'], 'rank')} on {counted(len(hosts), 'host')} "
         f"({', '.join(hosts[:4])}{' ...' * (len(hosts) > 4)})",

@@ -18,10 +18,11 @@ PACKAGE = Path(distbench.__file__).parent
 LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
-    "bounds scenarios load batching cells settings search histogram quantiles student stats steady "
-    "run rank_files shape layout stages sums windows times laps pool intervals metrics findings checks settled trust pace "
-    "ruling verdict tried trail scaling report compare conditions launches wire pings liveness "
-    "network cli joined waiting frames dispatch driver talk",
+    "bounds scenarios load batching cells settings search histogram quantiles student stats "
+    "steady run rank_files shape layout predict stages sharding sums windows times laps pool "
+    "intervals metrics findings checks settled trust pace ruling verdict tried trail scaling "
+    "report compare conditions launches wire pings liveness network cli joined waiting frames "
+    "dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command parallel",

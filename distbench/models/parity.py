@@ -1,0 +1,113 @@
+"""Does a model that is cut over ranks still give the answers of the whole one?
+
+Before the windows the leader computes some samples with the whole model, on its own device, in the
+same shapes; where that does not fit, both a cut and a whole twin of fewer layers are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from distbench.engines.pipeline import Edges, PipelineEngine, StageRank
+from distbench.engines.slot_decoder import USABLE, available_bytes
+from distbench.engines.stopwatch import Stopwatch
+from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
+from distbench.models.tinylm_net import TinyLM, new_cache, slot_bytes
+from distbench.models.tinylm_weights import fill, random_weights
+from distbench.sut import run_indices
+
+if TYPE_CHECKING:
+    from distbench.parallel import Placed
+
+COMPARED = 8
+"""Samples that are compared at most."""
+
+
+def fits_whole(model: DecoderModel, device: torch.device) -> bool:
+    """Tell whether weights and caches of the whole model have room on a device now."""
+    size = TORCH_DTYPES[model.dtype].itemsize
+    caches = model.slots * slot_bytes(model.config, model.length, TORCH_DTYPES[model.dtype])
+    return model.config.weights * size + caches < USABLE * available_bytes(device)
+
+
+def twin(model: DecoderModel, stages: int) -> DecoderModel:
+    """Return a model of the same widths with as few layers as there are stages, random weights."""
+    config = replace(model.config, layers=stages)
+    whole, digest = random_weights(config, 0)
+    return replace(model, config=config, whole=whole, digest=digest, scored={})
+
+
+def whole_engine(model: DecoderModel, device: torch.device, lanes: int) -> PipelineEngine:
+    """Make the engine of a whole model on this rank alone, with the same lanes.
+
+    Args:
+        model: what to compute.
+        device: where.
+        lanes: micro-batches.
+    """
+    dtype = TORCH_DTYPES[model.dtype]
+    with torch.device("meta"):
+        net = TinyLM(model.config).to(dtype)
+    fill(net.to_empty(device=device), model.whole)
+    cache = new_cache(model.config, model.slots, model.length, dtype, device)
+    rank = StageRank(net, cache, lanes, Edges(), device, Stopwatch(device))
+    prompts = (model.prompts, model.output_lengths, model.length)
+    return PipelineEngine(rank, *prompts, model.batching)
+
+
+def compare(cut: PipelineEngine, model: DecoderModel, device: torch.device) -> dict[str, Any]:
+    """Compare a cut model with the whole one; the leader calls it, and the others follow.
+
+    Args:
+        cut: the leader's engine, nothing in flight.
+        model: what it computes.
+        device: of the leader.
+
+    Returns:
+        Largest difference of logits / largest logit, of prompts; tokens that were compared, and how
+        many were the same.
+    """
+    lanes = cut.rank.lanes
+    whole = whole_engine(model, device, lanes)
+    prompts = model.prompts[: min(COMPARED, cut.rank.slots)]
+    ours, theirs = cut.logits(prompts), whole.logits(prompts)
+    indices = np.arange(min(COMPARED, cut.depth), dtype=np.int64)
+    written = [run_indices(each, indices, 1) for each in (cut, whole)]
+    same = sum(int((a == b).sum()) for a, b in zip(*written, strict=True))
+    return {
+        "layers": model.config.layers,
+        "logit_error": float((ours - theirs).abs().max() / theirs.abs().max()),
+        "tokens": sum(map(len, written[1])),
+        "tokens_equal": same,
+    }
+
+
+def parity(
+    model: DecoderModel, placed: Placed, lanes: int, follow: Callable[[Any], Any]
+) -> dict[str, Any]:
+    """Compare by a twin, before the model itself is built; all ranks of a replica call it.
+
+    Args:
+        model: that is too large for one device.
+        placed: where this rank is.
+        lanes: micro-batches.
+        follow: a context in which a rank that follows does so.
+
+    Returns:
+        As ``compare``; nothing on ranks that follow.
+    """
+    small = twin(model, placed.layout.pp)
+    part = build_part(small, placed, lanes)
+    with follow(part):
+        found = {}
+        if isinstance(part, PipelineEngine):
+            try:
+                found = compare(part, small, placed.device)
+            finally:
+                part.close()
+    return found
