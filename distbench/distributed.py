@@ -21,14 +21,15 @@ from typing import TYPE_CHECKING, Any
 from distbench.cli import Option, Values, one_of, positive, positive_number
 from distbench.command import options_but, run_scenario, start_command
 from distbench.coordinated import LOAD
+from distbench.errors import UsageError
 from distbench.layout import Layout, ShardPlan, check_shape, check_world, parse_layout
 from distbench.load import Load
-from distbench.models import token_model
+from distbench.models import TOKEN_MODELS, check_model, token_model
 from distbench.offline import OFFLINE
 from distbench.predict import Link, Work, foresee
 from distbench.server import OPTIONS as SERVER_OPTIONS
 from distbench.server import SERVER, paced_by_trace
-from distbench.settings import Settings
+from distbench.settings import Settings, script_settings
 from distbench.sharding import cells_of
 
 if TYPE_CHECKING:
@@ -41,6 +42,95 @@ ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 DEFAULT_LANES = 2
 """Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
 tokens come round."""
+
+
+def run_distributed(
+    model: str = "tinylm",
+    world: World | None = None,
+    *,
+    layouts: Sequence[str] = ("pp", "replicas"),
+    micro_batches: int | None = None,
+    rounds: int = 4,
+    dtype: str = "",
+    load: Load | None = None,
+    duration_s: float = 5.0,
+    num_samples: int | None = None,
+    warmup_s: float = 1.0,
+    seed: int = 0,
+    timeout_s: float | None = None,
+    output_dir: str = "results",
+    name: str = "",
+    quiet: bool = True,
+) -> Windows:
+    """Measure one token model under several layouts, and return the windows.
+
+    Args:
+        model: NAME[,key=value...] of a token model.
+        world: from ``distbench.join``; without it this process joins on its own.
+        layouts: such as "pp2", "tp2", "pp2xtp2", "replicas"; without a number of all ranks.
+        micro_batches: of a pipeline in flight; None: two for each stage.
+        rounds: how often each layout is measured, an even number.
+        dtype: "fp32", "bf16" or "fp16"; "" is fp32.
+        load: what is offered to all replicas together, for Server; None for Offline.
+        duration_s: about how long a window lasts, s.
+        num_samples: samples of all replicas together; replaces ``duration_s``.
+        warmup_s: how long to warm up at least, s.
+        seed: of sample order and schedules.
+        timeout_s: how long a rank's count may stand still, s; None: by the slowest warm-up group.
+        output_dir: where the result directory goes.
+        name: replaces the scenario in the directory's name.
+        quiet: no progress on stderr.
+
+    Returns:
+        The windows, on every rank; ``.result()["tables"]["layouts"]`` compares the layouts.
+
+    Raises:
+        UsageError: something cannot be used as asked, on any rank; all ranks raise it.
+        IncompleteError: the result could not be written.
+    """
+    with ExitStack() as stack:
+        if world is None:
+            from distbench.world import join  # noqa: PLC0415  only the run itself needs torch
+
+            world = stack.enter_context(join())
+        named = tuple(parse_layout(each, None, world.world_size) for each in layouts)
+        settings = script_settings(
+            duration_s,
+            warmup_s,
+            timeout_s,
+            batch_size=1,
+            num_samples=num_samples,
+            seed=seed,
+            output_dir=output_dir,
+            name=name or "distributed",
+            quiet=quiet,
+            dtype=dtype,
+            model_name=check_model(model),
+            load=None if load is None else usable(load),
+            shard=ShardPlan(named, micro_batches or 0, rounds),
+        )
+        problem, cuts = None, None
+        try:
+            cuts = build_cuts(settings, world)
+        except UsageError as error:
+            problem = error
+        world.check("model", problem)
+        assert cuts is not None
+        stack.callback(cuts.close)
+        return measure_distributed(cuts, world, settings)
+
+
+def usable(load: Load) -> Load:
+    """Return the load of all replicas, at the rate of its trace where it has one.
+
+    Raises:
+        UsageError: layouts cannot be compared under it.
+    """
+    if load.searched:
+        raise UsageError("--target-qps auto searches for a peak: give the rate of all replicas")
+    if load.dispatch != "static":
+        raise UsageError("layouts deal queries out before each window: give --dispatch static")
+    return paced_by_trace(load)
 
 
 @dataclass(frozen=True)
@@ -86,6 +176,11 @@ def build_cuts(settings: Settings, world: World) -> Cuts:
     from distbench.parallel import lay_out  # noqa: PLC0415  torch, which --help does without
 
     assert settings.shard is not None
+    if settings.model_name.partition(",")[0] not in TOKEN_MODELS:
+        raise UsageError(
+            f"--model {settings.model_name} cannot be cut over ranks: give one of "
+            f"{', '.join(TOKEN_MODELS)}"
+        )
     model = token_model(settings.model_name, settings.group, settings.dtype)
     cuts = Cuts(model, [], ExitStack())
     for layout in settings.shard.layouts:
@@ -201,6 +296,7 @@ def _tell(window: str, name: str, each: int, result: dict[str, Any]) -> None:
 
 
 OPTIONS = (
+    Option("model", "tinylm", check_model, "a token model: NAME[,key=value...]", "MODEL"),
     Option(
         "shard",
         "pp,replicas",
@@ -231,10 +327,11 @@ def read_shard(values: Values) -> dict[str, Any]:
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layouts = tuple(parse_layout(each, v["degree"], world_size) for each in v["shard"].split(","))
     return {
-        "load": paced_by_trace(load) if server else None,
+        "load": usable(load) if server else None,
         "shard": ShardPlan(layouts, v["micro_batches"] or 0, v["rounds"]),
         "name": v["name"] or "distributed",
         "batch_size": 1,
+        "samples": "gather",
     }
 
 
@@ -244,7 +341,8 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         DistbenchError: anything that a sentence can tell.
     """
-    options = (*OPTIONS, *options_but("batch-size", "shares", "until"))
+    left_out = ("model", "batch-size", "shares", "until", "rules", "samples")
+    options = (*OPTIONS, *options_but(*left_out))
     return run_scenario(
         "distbench.distributed",
         __doc__ or "",

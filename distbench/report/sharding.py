@@ -41,7 +41,7 @@ def _rate(value: float | None) -> str:
 
 
 def _winner(rows: list[dict[str, Any]]) -> list[str]:
-    """Say how the first layout fares against the others, and what all are foreseen to be held by."""
+    """Say how the first layout fares against the others, and what holds each of them."""
     first, lines = rows[0], []
     for row in rows[1:]:
         if row["ratio"] is None:
