@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from statistics import median
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 FOREVER = timedelta(days=365)
 """A rank that follows waits for the next step as long as it takes: the links of ``wire`` tell who
 is lost, and end the process."""
+KNOWN_S = 2.0
+"""After this long the loss of another rank would be known."""
 LEAVE_S = 10.0
 """How long a rank's ``follow`` may take to return after the leader's ``close``."""
 
@@ -290,6 +293,10 @@ def cut(
     return net.eval()
 
 
+def _raise(error: Exception) -> tuple[int, float]:
+    raise error
+
+
 @contextmanager
 def following(sut: Any, world: World) -> Iterator[None]:
     """Let a rank follow its leader on a thread of its own; its main thread goes with the others'.
@@ -312,7 +319,11 @@ def following(sut: Any, world: World) -> Iterator[None]:
         try:
             follow()
         except Exception as error:  # whatever it is: the others would wait for this rank
-            world.side.fail(error)
+            # A link that broke: the side thread knows in a moment who was lost, and ends.
+            if not world.side.ending.wait(KNOWN_S):
+                world.side.progress = partial(
+                    _raise, error
+                )  # at its next look it tells all, and ends
 
     thread = Thread(target=keep_following, name="distbench-follow", daemon=True)
     thread.start()

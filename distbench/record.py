@@ -37,7 +37,7 @@ FLUSH_S = 0.5
 """Between two flushes: a power cut then costs no row older than this and two flushes, so none older
 than a second where the disk takes less than a quarter of one for a flush."""
 
-STAGE = 0.75
+STAGE = 0.5
 """Share of the time after which a leader is taken for lost, after which a rank that follows is."""
 
 

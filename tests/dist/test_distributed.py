@@ -1,0 +1,204 @@
+"""One model over several real ranks: the same answers, the share of each, and no pickled word."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.verify import verify
+from distbench.windows import load_run
+from tests.support import run_ranks
+
+pytestmark = pytest.mark.timeout(180)
+
+LLAMA = "llama,layers=8,d=64,heads=8,kv_heads=2,hidden=96,vocabulary=200,prompt=12,output=6"
+
+
+def spied() -> list[str]:
+    """Let every collective of objects be told; torch's own calls of them too."""
+    import torch.distributed.distributed_c10d as c10d
+
+    seen: list[str] = []
+
+    def refused(name: str) -> Any:
+        def spy(*_args: Any, **_kwargs: Any) -> None:
+            seen.append(name)
+            raise AssertionError(f"{name} pickles")
+
+        return spy
+
+    for name in ("_object_to_tensor", "_tensor_to_object"):
+        assert callable(getattr(c10d, name))  # all collectives of objects go through these two
+        setattr(c10d, name, refused(name))
+    return seen
+
+
+def measured(layouts: list[str], model: str, folder: str, **more: Any) -> dict[str, Any]:
+    """On each rank: a run of some layouts; returns the result."""
+    from distbench import run_distributed
+
+    seen = spied()
+    windows = run_distributed(
+        model, layouts=layouts, rounds=2, num_samples=12, warmup_s=0.05, output_dir=folder, **more
+    )
+    assert seen == []
+    return windows.result()
+
+
+def rows(result: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return a table's rows by the names of its columns."""
+    found = result["tables"][name]
+    names = [each["name"] for each in found["columns"]]
+    return [dict(zip(names, row, strict=True)) for row in found["rows"]]
+
+
+TINYLM = pytest.param("tinylm", marks=pytest.mark.slow)  # half a minute, to score all its texts
+
+
+@pytest.mark.parametrize("model", [TINYLM, LLAMA])
+def test_two_ranks_give_the_answers_of_one(model: str, tmp_path: Path) -> None:
+    results = run_ranks(measured, 2, ["pp", "tp", "replicas"], model, str(tmp_path), timeout_s=120)
+    assert results[0] == results[1]
+    result = results[0]
+    told = result["window"]["sharding"]["plan"]["told"]
+    pp, tp = (told[name]["parity"] for name in ("pp2", "tp2"))
+    assert pp["logit_error"] == 0.0
+    assert 0 <= tp["logit_error"] <= 1e-5
+    for each in (pp, tp):
+        assert each["tokens"] == each["tokens_equal"] > 0
+    by_name = {row["layout"]: row for row in rows(result, "layouts")}
+    assert [*by_name] == ["pp2", "tp2", "replicas"]
+    assert [row["replicas"] for row in by_name.values()] == [1, 1, 2]
+    for row in by_name.values():
+        assert row["rounds"] == 2
+        assert row["throughput"] > 0
+        assert row["foreseen"] > 0
+    assert by_name["tp2"]["ratio"] > 0
+    assert by_name["pp2"]["ratio"] is None
+    if model == "tinylm":
+        assert all(row["accuracy"] == 1 for row in by_name.values())
+    (stage_0, stage_1) = rows(result, "stages")
+    assert (stage_0["stage"], stage_1["stage"]) == (0, 1)
+    assert stage_0["steps"] == stage_1["steps"] > 0
+    for row in (stage_0, stage_1):
+        assert row["work"] + row["wait"] + row["rest"] == pytest.approx(
+            result["windows"][-1]["makespan_s"], rel=1e-6
+        )
+    assert verified(tmp_path)
+
+
+def verified(folder: Path) -> bool:
+    """Tell whether the one result there can be recomputed from its files."""
+    (path,) = folder.iterdir()
+    return verify(path) == (0, [])
+
+
+@pytest.mark.slow
+def test_stages_of_parts_on_four_ranks(tmp_path: Path) -> None:
+    result = run_ranks(measured, 4, ["pp2xtp2", "tp2"], LLAMA, str(tmp_path), timeout_s=120)[0]
+    told = result["window"]["sharding"]["plan"]["told"]
+    both = told["pp2xtp2"]["parity"]
+    assert both["logit_error"] <= 1e-5
+    assert both["tokens"] == both["tokens_equal"] > 0
+    found = rows(result, "stages")
+    assert [(row["stage"], row["part"]) for row in found] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    by_name = {row["layout"]: row for row in rows(result, "layouts")}
+    assert [row["replicas"] for row in by_name.values()] == [1, 2]
+    assert verified(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "ranks"),
+    [
+        ("tinylm", "pp2xtp2", 4),
+        *(pytest.param("tinylm", each, 2, marks=pytest.mark.slow) for each in ("pp2", "tp2")),
+        *(pytest.param(LLAMA, *each, marks=pytest.mark.slow) for each in (("pp2", 2), ("tp2", 2))),
+    ],
+)
+def test_no_rank_holds_more_than_its_share(model: str, layout: str, ranks: int) -> None:
+    """At most 1/N of all parameters, and embedding and head, which are one matrix."""
+    from distbench.layout import own_weights, parse_layout, stages
+    from distbench.models import token_model
+
+    config = token_model(model, 1).config
+    held = run_ranks(held_by, ranks, layout, model)
+    cut = parse_layout(layout, None, ranks)
+    for rank, own in enumerate(held):
+        halves = stages(config, cut.pp)[cut.stage(rank)]
+        assert own == own_weights(config, *halves, cut.tp)
+        assert own <= config.weights / ranks + 2 * config.embedding_weights
+
+
+def held_by(layout: str, model: str) -> int:
+    """On each rank: the parameters that it holds, by counting them."""
+    from distbench.layout import parse_layout
+    from distbench.models import token_model
+    from distbench.models.decoders import build_part
+    from distbench.parallel import lay_out
+    from distbench.world import join
+
+    with join() as world:
+        placed = lay_out(world, parse_layout(layout, None, world.world_size))
+        part = build_part(token_model(model, 1), placed, 1)
+        return sum(each.numel() for each in part.rank.net.parameters())
+
+
+def served(folder: str) -> dict[str, Any]:
+    """On each rank: a pipeline under Server."""
+    from distbench.load import Load
+
+    return measured(["pp2"], LLAMA, folder, load=Load(40.0, "constant", "static", 1, 0, ()))
+
+
+def test_server_gives_first_tokens(tmp_path: Path) -> None:
+    result = run_ranks(served, 2, str(tmp_path))[0]
+    (row,) = rows(result, "layouts")
+    assert row["ttft_p50"] > 0
+    assert row["tpot_p50"] > 0
+    assert result["scenario"] == "server"
+
+
+def harmed(folder: str, harm: str) -> None:
+    """On each rank: a pipeline whose last stage comes to harm in the first window."""
+    from distbench.engines.pipeline import StageRank
+
+    run = StageRank.run
+
+    def harmful(self: StageRank, head: Any, x: Any) -> Any:
+        if self.edges.above is not None and self.watch.start_ns and self.watch.decodes > 5:
+            if harm == "killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if harm == "raises":
+                raise RuntimeError("no more")
+            threading.Event().wait()  # for ever, as a kernel that never ends
+        return run(self, head, x)
+
+    StageRank.run = harmful  # type: ignore[method-assign]
+    slowly = LLAMA.replace("output=6", "output=60")
+    measured(["pp2"], slowly, folder, timeout_s=3.0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "code", "words"),
+    [
+        ("killed", "rank-lost", "was lost"),
+        ("raises", "rank-failed", "no more"),
+        pytest.param("hangs", "rank-lost", "was lost", marks=pytest.mark.slow),
+    ],
+)
+def test_a_stage_that_comes_to_harm_is_named(
+    harm: str, code: str, words: str, tmp_path: Path
+) -> None:
+    """INCOMPLETE within seconds, the stage's rank alone named, and no rank left waiting."""
+    run_ranks(harmed, 2, str(tmp_path), harm, allow_exit=(0, 1), timeout_s=60)
+    (path,) = tmp_path.iterdir()
+    result = load_run(path / "windows" / "000").result()
+    assert result["verdict"]["status"] == "INCOMPLETE"
+    found = [each for each in result["verdict"]["findings"] if each["level"] == "incomplete"]
+    assert [(each["code"], each["rank"]) for each in found] == [(code, 1)] * len(found)
+    assert words in found[0]["message"]
