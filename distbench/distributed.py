@@ -14,34 +14,25 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli import Option, Values, one_of, positive, positive_number
 from distbench.command import options_but, run_scenario, start_command
 from distbench.coordinated import LOAD
 from distbench.errors import UsageError
-from distbench.layout import Layout, ShardPlan, check_shape, check_world, parse_layout
+from distbench.layout import ShardPlan, parse_layout
 from distbench.load import Load
-from distbench.models import TOKEN_MODELS, check_model, token_model
+from distbench.models import TOKEN_MODELS, check_model
 from distbench.offline import OFFLINE
-from distbench.predict import Link, Work, foresee
 from distbench.server import OPTIONS as SERVER_OPTIONS
 from distbench.server import SERVER, paced_by_trace
 from distbench.settings import Settings, script_settings
 from distbench.sharding import cells_of
 
 if TYPE_CHECKING:
-    from distbench.models.decoders import DecoderModel
-    from distbench.parallel import Placed
+    from distbench.cuts import Cuts
     from distbench.windows import Windows
     from distbench.world import World
-
-ITEM_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-DEFAULT_LANES = 2
-"""Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
-tokens come round."""
 
 
 def run_distributed(
@@ -53,6 +44,7 @@ def run_distributed(
     rounds: int = 4,
     dtype: str = "",
     load: Load | None = None,
+    batch_size: int = 32,
     duration_s: float = 5.0,
     num_samples: int | None = None,
     warmup_s: float = 1.0,
@@ -65,13 +57,14 @@ def run_distributed(
     """Measure one token model under several layouts, and return the windows.
 
     Args:
-        model: NAME[,key=value...] of a token model.
+        model: NAME[,key=value...] of a token model, or of ``digits`` or ``sleep`` in stages.
         world: from ``distbench.join``; without it this process joins on its own.
         layouts: such as "pp2", "tp2", "pp2xtp2", "replicas"; without a number of all ranks.
         micro_batches: of a pipeline in flight; None: two for each stage.
         rounds: how often each layout is measured, an even number.
         dtype: "fp32", "bf16" or "fp16"; "" is fp32.
         load: what is offered to all replicas together, for Server; None for Offline.
+        batch_size: samples a group, of a model that is none of texts.
         duration_s: about how long a window lasts, s.
         num_samples: samples of all replicas together; replaces ``duration_s``.
         warmup_s: how long to warm up at least, s.
@@ -98,7 +91,7 @@ def run_distributed(
             duration_s,
             warmup_s,
             timeout_s,
-            batch_size=1,
+            batch_size=batch_of(model, batch_size),
             num_samples=num_samples,
             seed=seed,
             output_dir=output_dir,
@@ -109,6 +102,8 @@ def run_distributed(
             load=None if load is None else usable(load),
             shard=ShardPlan(named, micro_batches or 0, rounds),
         )
+        from distbench.cuts import build_cuts  # noqa: PLC0415  likewise
+
         problem, cuts = None, None
         try:
             cuts = build_cuts(settings, world)
@@ -118,6 +113,11 @@ def run_distributed(
         assert cuts is not None
         stack.callback(cuts.close)
         return measure_distributed(cuts, world, settings)
+
+
+def batch_of(model: str, asked: int) -> int:
+    """Return the samples of a group: of texts one, for an engine has slots for several."""
+    return 1 if model.partition(",")[0] in TOKEN_MODELS else asked
 
 
 def usable(load: Load) -> Load:
@@ -133,122 +133,6 @@ def usable(load: Load) -> Load:
     return paced_by_trace(load)
 
 
-@dataclass(frozen=True)
-class Cut:
-    """A model on all ranks under one layout.
-
-    Attributes:
-        placed: where this rank is.
-        sut: its part.
-        lanes: micro-batches in flight.
-    """
-
-    placed: Placed
-    sut: Any
-    lanes: int
-
-
-@dataclass(frozen=True)
-class Cuts:
-    """The models of all layouts that are compared.
-
-    Attributes:
-        model: what they compute.
-        every: in the order in which they were asked for.
-        stack: lets every rank that follows leave.
-    """
-
-    model: DecoderModel
-    every: list[Cut]
-    stack: ExitStack
-
-    def close(self) -> None:
-        """Let every rank that follows leave."""
-        self.stack.close()
-
-
-def build_cuts(settings: Settings, world: World) -> Cuts:
-    """Build this rank's part of the model under every layout; all ranks call it.
-
-    Raises:
-        UsageError: a layout does not divide ranks or model, or has no room.
-    """
-    from distbench.parallel import lay_out  # noqa: PLC0415  torch, which --help does without
-
-    assert settings.shard is not None
-    if settings.model_name.partition(",")[0] not in TOKEN_MODELS:
-        raise UsageError(
-            f"--model {settings.model_name} cannot be cut over ranks: give one of "
-            f"{', '.join(TOKEN_MODELS)}"
-        )
-    model = token_model(settings.model_name, settings.group, settings.dtype)
-    cuts = Cuts(model, [], ExitStack())
-    for layout in settings.shard.layouts:
-        lanes = lanes_of(layout, settings.shard.lanes)
-        check_world(layout, world.world_size)
-        check_shape(layout, model.config, lanes, model.slots)
-    for layout in settings.shard.layouts:
-        placed = lay_out(world, layout)
-        cuts.every.append(_build(cuts, placed, lanes_of(layout, settings.shard.lanes)))
-    return cuts
-
-
-def lanes_of(layout: Layout, asked: int) -> int:
-    """Return the micro-batches of a replica; without stages all its texts are one."""
-    return (asked or DEFAULT_LANES * layout.pp) if layout.pp > 1 else 1
-
-
-def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
-    """Build one layout, and hold its answers against those of the whole model."""
-    from distbench.models.decoders import build_part  # noqa: PLC0415
-    from distbench.models.parity import compare, fits_whole, parity  # noqa: PLC0415
-    from distbench.parallel import following  # noqa: PLC0415
-
-    world, model, found = placed.world, cuts.model, dict[str, Any]()
-    whole = min(world.gather_json(fits_whole(model, placed.device)))
-    if placed.layout.degree > 1 and not whole:
-        found = parity(model, placed, lanes, lambda part: following(part, world))
-    sut: Any = build_part(model, placed, lanes, world.now)
-    cuts.stack.enter_context(following(sut, world))
-    cuts.stack.callback(sut.close)
-    if placed.layout.degree > 1 and whole and world.leader:
-        found = compare(sut, model, placed.device)
-    told = world.gather_json(found)
-    # Ranks that follow have the word of their leader, so that any rank's record tells it.
-    sut.layout["parity"] = told[world.replica * placed.layout.degree] or None
-    return Cut(placed, sut, lanes)
-
-
-def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:
-    """Work out what each layout should do, by rank 0's measurements; all ranks call it."""
-    from distbench.models.speed import measure_speed  # noqa: PLC0415
-    from distbench.parallel import measure_links  # noqa: PLC0415
-
-    model, made = cuts.model, dict[str, Any]()
-    rows = [model.slots // cut.lanes for cut in cuts.every]
-    speed = measure_speed(model, rows, cuts.every[0].placed.device, world.now)
-    work = Work(
-        model.config,
-        ITEM_BYTES[model.dtype],
-        fmean(map(len, model.prompts)),
-        float(model.output_lengths.mean()),
-        model.slots,
-    )
-    for cut in cuts.every:
-        layout, links = cut.placed.layout, (Link(0, 1), Link(0, 1))
-        if layout.degree > 1:
-            links = measure_links(cut.placed, world.now)
-        told = foresee(layout, cut.lanes, work, speed, *links)
-        made[layout.name] = {
-            "rate": world.world_size / layout.degree / told.text_s,
-            "held_by": told.held_by,
-            "links": [asdict(each) for each in links] if layout.degree > 1 else None,
-            "speed": {"step_s": speed.step_s[model.slots // cut.lanes], "prompt_s": speed.prompt_s},
-        }
-    first: dict[str, Any] = world.gather_json(made)[0]
-    return first
-
-
 def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows:
     """Take the windows of all layouts in turn; all ranks call it.
 
@@ -257,6 +141,7 @@ def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows
         IncompleteError: the result could not be written.
     """
     from distbench import finish, record  # noqa: PLC0415  torch
+    from distbench.cuts import foreseen  # noqa: PLC0415
     from distbench.readiness import prepare  # noqa: PLC0415
     from distbench.window import Turn, one_window  # noqa: PLC0415
 
@@ -296,7 +181,7 @@ def _tell(window: str, name: str, each: int, result: dict[str, Any]) -> None:
 
 
 OPTIONS = (
-    Option("model", "tinylm", check_model, "a token model: NAME[,key=value...]", "MODEL"),
+    Option("model", "tinylm", check_model, "tinylm, llama, digits or sleep[,key=value]", "MODEL"),
     Option(
         "shard",
         "pp,replicas",
@@ -330,9 +215,15 @@ def read_shard(values: Values) -> dict[str, Any]:
         "load": usable(load) if server else None,
         "shard": ShardPlan(layouts, v["micro_batches"] or 0, v["rounds"]),
         "name": v["name"] or "distributed",
-        "batch_size": 1,
+        "batch_size": batch_of(v["model"], v["batch_size"]),
         "samples": "gather",
     }
+
+
+def _build(settings: Settings, world: World) -> Cuts:
+    from distbench.cuts import build_cuts  # noqa: PLC0415  torch, which --help does without
+
+    return build_cuts(settings, world)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -341,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         DistbenchError: anything that a sentence can tell.
     """
-    left_out = ("model", "batch-size", "shares", "until", "rules", "samples")
+    left_out = ("model", "shares", "until", "rules", "samples")
     options = (*OPTIONS, *options_but(*left_out))
     return run_scenario(
         "distbench.distributed",
@@ -350,7 +241,7 @@ def main(argv: Sequence[str]) -> int:
         argv,
         measure_distributed,
         read_shard,
-        build_cuts,
+        _build,
     )
 
 

@@ -200,34 +200,44 @@ def stages(config: NetConfig, count: int) -> list[tuple[int, int]]:
         (begin, end) of each, in half layers.
     """
     halves = [config.attention_weights, config.feed_weights] * config.layers
-    head = config.embedding_weights
-    fits = _cut(halves, head, count, max(sum(halves) + head, 1))
-    low, high = max(halves), sum(halves) + head
+    halves[-1] += config.embedding_weights
+    return balanced(halves, count)
+
+
+def balanced(weights: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """Divide a row into parts that follow one another, the largest as small as can be.
+
+    Args:
+        weights: above zero.
+        count: of parts, at most as many as weights.
+
+    Returns:
+        (begin, end) of each.
+    """
+    low, high = max(weights), sum(weights)
     while low < high:  # the least limit under which there is a cut
         middle = (low + high) // 2
-        if (found := _cut(halves, head, count, middle)) is not None:
-            high, fits = middle, found
-        else:
+        if _cut(weights, count, middle) is None:
             low = middle + 1
+        else:
+            high = middle
+    fits = _cut(weights, count, high)
     assert fits is not None
     return fits
 
 
-def _cut(weights: Sequence[int], head: int, count: int, limit: int) -> list[tuple[int, int]] | None:
-    """Cut a row into stages of at most ``limit``, from the end on; None where there is no cut."""
-    ends, total, end = [len(weights)], head, len(weights)
+def _cut(weights: Sequence[int], count: int, limit: int) -> list[tuple[int, int]] | None:
+    """Cut a row into parts of at most ``limit``, from the end on; None where there is no cut."""
+    ends, total = [len(weights)], 0
     for place in range(len(weights) - 1, -1, -1):
-        left = count - len(ends)  # stages that are still to come before this one
-        if (total + weights[place] > limit and place + 1 < end) or (place + 1 == left and left):
-            end, total = place + 1, 0
-            ends.append(end)
-        if total + weights[place] > limit:
-            return None
+        # A part ends where the next weight does not fit, or each that is left must be a part.
+        if total and (total + weights[place] > limit or place + 1 == count - len(ends)):
+            ends.append(place + 1)
+            total = 0
         total += weights[place]
     if len(ends) != count:
         return None
-    starts = [*ends[1:], 0]
-    return list(zip(starts, ends, strict=True))[::-1]
+    return list(zip([*ends[1:], 0], ends, strict=True))[::-1]
 
 
 def own_part(config: NetConfig, begin: int, end: int, tp: int) -> NetConfig:

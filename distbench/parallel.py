@@ -334,6 +334,33 @@ def following(sut: Any, world: World) -> Iterator[None]:
         thread.join(LEAVE_S)
 
 
+def stage_schedule(
+    module: nn.Module, placed: Placed, lanes: int, taken: Tensor, given: Tensor
+) -> Any:
+    """Return torch's schedule of a one-shot pipeline, over this rank's stage.
+
+    Args:
+        module: the stage, on the device.
+        placed: where this rank is.
+        lanes: micro-batches of a group.
+        taken: what the stage takes of one micro-batch, on "meta"; given so that torch need not
+            exchange shapes, which it would pickle.
+        given: what it returns, likewise.
+    """
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe  # noqa: PLC0415
+
+    stage = PipelineStage(
+        module,
+        placed.stage,
+        placed.layout.pp,
+        placed.device,
+        input_args=torch.empty_like(taken, device=placed.device),
+        output_args=torch.empty_like(given, device=placed.device),
+        group=placed.mesh["pp"].get_group(),
+    )
+    return ScheduleGPipe(stage, n_microbatches=lanes)
+
+
 SMALL, LARGE = 256, 65_536
 """float32 elements of the messages from which latency and rate of a link are worked out: 1 KiB and
 256 KiB."""

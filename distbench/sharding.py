@@ -163,7 +163,7 @@ def _row(
         max(_values(own, "tpot.p99"), default=None),
         _mean(own, "bubble"),
         max((each for each in most["memory"] if each is not None), default=None),
-        max(most["share"], default=None),
+        max((each for each in most["share"] if each is not None), default=None),
         _value(sample, "accuracy"),
         (told.get("parity") or {}).get("logit_error"),
     ]

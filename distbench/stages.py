@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from distbench.layout import Layout, bubble_of_loop
+from distbench.layout import Layout, bubble, bubble_of_loop
 from distbench.metrics import metric
 from distbench.ruling import table
 from distbench.run import RankRecord, Run
@@ -63,7 +63,8 @@ def _row(record: RankRecord, makespan_s: float | None) -> list[Any]:
     placed, after = record.before["layout"], record.after or {}
     sums = after.get("stage")
     head = [record.rank, record.host, record.before["replica"], placed["stage"], placed["part"]]
-    share = placed["weights_bytes"] / placed["whole_bytes"]
+    whole = placed["whole_bytes"]
+    share = placed["weights_bytes"] / whole if whole else None
     memory = [placed["weights_bytes"], share, after.get("memory_peak_bytes")]
     if sums is None:
         return [*head, *[None] * 9, *memory]
@@ -85,6 +86,9 @@ def _metrics(
     """Return bubble and imbalance, over all replicas."""
     named = [dict(zip((name for name, _, _ in COLUMNS), row, strict=True)) for row in rows]
     layout, ranks = Layout(told["pp"], told["tp"]), run.world_size
+    ideal, formula = bubble_of_loop(layout.pp, told["lanes"]), "max(0, 1 - m/p)"
+    if told.get("loop") == "one-shot":
+        ideal, formula = bubble(layout.pp, told["lanes"]), "(p - 1) / (m + p - 1)"
     reason = span.reason
     if len(rows) < ranks or any(each["work"] is None for each in named):
         reason = reason or "a rank left nothing of its steps"
@@ -101,11 +105,10 @@ def _metrics(
             ci_reason=ALONE,
         ),
         "bubble.ideal": metric(
-            bubble_of_loop(layout.pp, told["lanes"]),
+            ideal,
             "",
             steps,
-            f"max(0, 1 - m/p) of {told['lanes']} micro-batches in a token loop of {layout.pp} "
-            "equal stages",
+            f"{formula} of m = {told['lanes']} micro-batches and p = {layout.pp} equal stages",
             ci_reason="a property of the layout",
         ),
     }

@@ -31,7 +31,8 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
                 *("?" if row[name] is None else duration(row[name]) for name in TIMES),
                 "?" if row["busy"] is None else f"{row['busy']:.1%}",
                 "?" if row["send_rate"] is None else f"{size(row['send_rate'])}/s",
-                f"{size(row['weights'])} ({row['weights_share']:.1%})",
+                size(row["weights"])
+                + (f" ({row['weights_share']:.1%})" if row["weights_share"] else ""),
                 "?" if row["memory_peak"] is None else size(row["memory_peak"]),
             ]
         )

@@ -203,3 +203,52 @@ def test_a_stage_that_comes_to_harm_is_named(
     found = [each for each in result["verdict"]["findings"] if each["level"] == "incomplete"]
     assert [(each["code"], each["rank"]) for each in found] == [(code, 1)] * len(found)
     assert words in found[0]["message"]
+
+
+def bubbles(folder: str, counts: list[int]) -> list[tuple[float, float]]:
+    """On each rank: what stages that sleep rest, and would rest at best, by micro-batches."""
+    from distbench import join, run_distributed
+
+    seen, found = spied(), []
+    with join(timeout_s=30) as world:
+        for count in counts:
+            windows = run_distributed(
+                "sleep,per_sample=10ms",
+                world,
+                layouts=["pp2"],
+                micro_batches=count,
+                batch_size=count * 4,
+                num_samples=160,
+                rounds=2,
+                warmup_s=0.05,
+                output_dir=folder,
+            )
+            metrics = windows.result()["metrics"]
+            found.append((metrics["bubble"]["value"], metrics["bubble.ideal"]["value"]))
+    assert seen == []
+    return found
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [[2], pytest.param([1, 2, 3, 4, 5, 6, 7, 8], marks=pytest.mark.slow)],
+    ids=["two", "one to eight"],
+)
+def test_a_pipeline_rests_as_long_as_it_must(counts: list[int], tmp_path: Path) -> None:
+    """Sleep stages, within 10 points of (p - 1) / (m + p - 1)."""
+    found = run_ranks(bubbles, 2, str(tmp_path), counts, timeout_s=150)[0]
+    for count, (value, ideal) in zip(counts, found, strict=True):
+        assert ideal == pytest.approx(1 / (count + 1))
+        assert ideal - 0.01 < value < ideal + 0.1, count
+
+
+def test_digits_in_stages(tmp_path: Path) -> None:
+    result = run_ranks(staged_digits, 2, str(tmp_path))[0]
+    assert result["window"]["sharding"]["plan"]["told"]["pp2"]["parity"] == {"logit_error": 0.0}
+    assert result["metrics"]["accuracy"]["value"] == 1.0  # 360 of 360, as the whole one
+    assert verified(tmp_path)
+
+
+def staged_digits(folder: str) -> dict[str, Any]:
+    """On each rank: digits as two stages."""
+    return measured(["pp2"], "digits", folder)

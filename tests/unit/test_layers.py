@@ -25,7 +25,7 @@ LAYERS = (
     "dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
-    "readiness finish probe nvml window peak command parallel",
+    "readiness finish probe nvml window peak command parallel cuts",
     # Scenarios.
     "offline server singlestream multistream worker central spawn coordinated distributed",
     # Commands around runs.

@@ -1,0 +1,192 @@
+"""One model on all ranks under every layout that is compared: built, checked, and foreseen."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from distbench.errors import UsageError
+from distbench.layout import Layout, check_shape, check_world
+from distbench.models import TOKEN_MODELS, split_model, token_model
+from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
+from distbench.models.one_shots import (
+    OneShotModel,
+    build_one_shot,
+    check_one_shot,
+    compare_one_shot,
+    digits,
+    sleep,
+)
+from distbench.models.parity import compare, fits_whole, parity
+from distbench.models.speed import measure_speed
+from distbench.parallel import Placed, following, lay_out, measure_links
+from distbench.predict import Link, Work, foresee
+
+if TYPE_CHECKING:
+    from distbench.settings import Settings
+    from distbench.world import World
+
+DEFAULT_LANES = 2
+"""Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
+tokens come round."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A model on all ranks under one layout.
+
+    Attributes:
+        placed: where this rank is.
+        sut: its part.
+        lanes: micro-batches in flight.
+    """
+
+    placed: Placed
+    sut: Any
+    lanes: int
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """The models of all layouts that are compared.
+
+    Attributes:
+        model: what they compute.
+        batch_size: samples of a group.
+        every: in the order in which they were asked for.
+        stack: lets every rank that follows leave.
+    """
+
+    model: DecoderModel | OneShotModel
+    batch_size: int
+    every: list[Cut]
+    stack: ExitStack
+
+    def close(self) -> None:
+        """Let every rank that follows leave."""
+        self.stack.close()
+
+
+def build_cuts(settings: Settings, world: World) -> Cuts:
+    """Build this rank's part of the model under every layout; all ranks call it.
+
+    Raises:
+        UsageError: a layout does not divide ranks or model, or has no room, on any rank.
+    """
+    assert settings.shard is not None
+    asked, layouts = settings.shard.lanes, settings.shard.layouts
+    cuts = Cuts(_model(settings), settings.group, [], ExitStack())
+    for layout in layouts:
+        check_world(layout, world.world_size)
+        lanes = lanes_of(layout, asked, _divided(cuts))
+        if isinstance(cuts.model, DecoderModel):
+            check_shape(layout, cuts.model.config, lanes, cuts.model.slots)
+        else:
+            check_one_shot(layout, cuts.model, lanes, cuts.batch_size)
+    for layout in layouts:
+        placed = lay_out(world, layout)
+        cuts.every.append(_build(cuts, placed, lanes_of(layout, asked, _divided(cuts))))
+    return cuts
+
+
+def _model(settings: Settings) -> DecoderModel | OneShotModel:
+    name = settings.model_name.partition(",")[0]
+    if name in TOKEN_MODELS:
+        return token_model(settings.model_name, settings.group, settings.dtype)
+    one_shot = {"digits": digits, "sleep": sleep}
+    if name not in one_shot:
+        raise UsageError(
+            f"--model {settings.model_name} cannot be cut over ranks: give one of "
+            f"{', '.join((*TOKEN_MODELS, *one_shot))}"
+        )
+    if settings.dtype not in ("", "fp32"):
+        raise UsageError(
+            f"model {name} is cut in fp32 alone, not in {settings.dtype}: leave --dtype out"
+        )
+    return one_shot[name](split_model(settings.model_name)[1])
+
+
+def _divided(cuts: Cuts) -> int:
+    """Return what micro-batches divide: the slots of a token model, or a group."""
+    return cuts.model.slots if isinstance(cuts.model, DecoderModel) else cuts.batch_size
+
+
+def lanes_of(layout: Layout, asked: int, divided: int) -> int:
+    """Return the micro-batches of a replica.
+
+    Args:
+        layout: of it; without stages all is one.
+        asked: by --micro-batches; 0: up to two for each stage.
+        divided: what they must divide.
+    """
+    if layout.pp == 1:
+        return 1
+    most = range(1, DEFAULT_LANES * layout.pp + 1)
+    return asked or max(each for each in most if divided % each == 0)
+
+
+def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
+    """Build one layout, and hold its answers against those of the whole model."""
+    world, model, found = placed.world, cuts.model, dict[str, Any]()
+    cut, whole = placed.layout.degree > 1, True
+    if isinstance(model, DecoderModel):
+        whole = min(world.gather_json(fits_whole(model, placed.device)))
+        if cut and not whole:
+            found = parity(model, placed, lanes, lambda part: following(part, world))
+    problem: UsageError | None = None
+    sut: Any = None
+    try:
+        if isinstance(model, DecoderModel):
+            sut = build_part(model, placed, lanes, world.now)
+        else:
+            sut = build_one_shot(model, placed, lanes, cuts.batch_size, world.now)
+    except UsageError as error:
+        problem = error
+    world.check(f"layout {placed.layout.name}", problem)
+    cuts.stack.enter_context(following(sut, world))
+    cuts.stack.callback(sut.close)
+    if cut and whole and world.leader:
+        if isinstance(model, DecoderModel):
+            found = compare(sut, model, placed.device)
+        else:
+            found = compare_one_shot(sut, model, lanes)
+    told = world.gather_json(found)
+    # Ranks that follow have the word of their leader, so that any rank's record tells it.
+    sut.layout["parity"] = told[world.replica * placed.layout.degree] or None
+    return Cut(placed, sut, lanes)
+
+
+def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:
+    """Work out what each layout should do, by rank 0's measurements; all ranks call it.
+
+    Returns:
+        Of token models, by the layout's name; of others nothing.
+    """
+    model, made = cuts.model, dict[str, Any]()
+    if not isinstance(model, DecoderModel):
+        return {}
+    rows = [model.slots // cut.lanes for cut in cuts.every]
+    speed = measure_speed(model, rows, cuts.every[0].placed.device, world.now)
+    work = Work(
+        model.config,
+        TORCH_DTYPES[model.dtype].itemsize,
+        fmean(map(len, model.prompts)),
+        float(model.output_lengths.mean()),
+        model.slots,
+    )
+    for cut in cuts.every:
+        layout, links = cut.placed.layout, (Link(0, 1), Link(0, 1))
+        if layout.degree > 1:
+            links = measure_links(cut.placed, world.now)
+        told = foresee(layout, cut.lanes, work, speed, *links)
+        step_s = speed.step_s[model.slots // cut.lanes]
+        made[layout.name] = {
+            "rate": world.world_size / layout.degree / told.text_s,
+            "held_by": told.held_by,
+            "links": [asdict(each) for each in links] if layout.degree > 1 else None,
+            "speed": {"step_s": step_s, "prompt_s": speed.prompt_s},
+        }
+    first: dict[str, Any] = world.gather_json(made)[0]
+    return first
