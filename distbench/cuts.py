@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from distbench.errors import UsageError
 from distbench.layout import Layout, check_shape, check_world
 from distbench.models import TOKEN_MODELS, split_model, token_model
@@ -21,8 +23,9 @@ from distbench.models.one_shots import (
 )
 from distbench.models.parity import compare, fits_whole, parity
 from distbench.models.speed import measure_speed
-from distbench.parallel import Placed, following, lay_out, measure_links
+from distbench.parallel import Placed, following, lay_out, measure_links, timed_reduces
 from distbench.predict import Link, Work, foresee
+from distbench.sut import run_indices
 
 if TYPE_CHECKING:
     from distbench.settings import Settings
@@ -156,6 +159,41 @@ def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
     # Ranks that follow have the word of their leader, so that any rank's record tells it.
     sut.layout["parity"] = told[world.replica * placed.layout.degree] or None
     return Cut(placed, sut, lanes)
+
+
+def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
+    """Time each all-reduce of the layouts that have parts, apart from any window; all ranks call it.
+
+    Returns:
+        Of each layout, by rank 0's replica: layer, what it follows, calls, mean bytes, mean s.
+    """
+    made: dict[str, list[list[Any]]] = {}
+    for cut in cuts.every:
+        if cut.placed.layout.tp == 1:
+            continue
+        with timed_reduces(cut.sut.rank.net) as took:
+            world.side.meet("reduces")
+            if cut.placed.world.leader:
+                indices = np.arange(min(cut.sut.depth, cut.sut.total), dtype=np.int64)
+                run_indices(cut.sut, indices, 1)
+            world.side.meet("reduced")
+        rows = [
+            [
+                int(layer),
+                kind,
+                len(each),
+                fmean(b for b, _ in each),
+                fmean(t for _, t in each) / 1e9,
+            ]
+            for name, each in took.items()
+            for _, layer, kind, *_ in [name.split(".")]
+            if each
+        ]
+        # The first part of each stage of the first replica: of all parts the same.
+        firsts = range(0, cut.placed.layout.degree, cut.placed.layout.tp)
+        told = world.gather_json(rows)
+        made[cut.placed.layout.name] = [row for rank in firsts for row in told[rank]]
+    return made
 
 
 def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows
         IncompleteError: the result could not be written.
     """
     from distbench import finish, record  # noqa: PLC0415  torch
-    from distbench.cuts import foreseen  # noqa: PLC0415
+    from distbench.cuts import foreseen, reduces  # noqa: PLC0415
     from distbench.readiness import prepare  # noqa: PLC0415
     from distbench.window import Turn, one_window  # noqa: PLC0415
 
@@ -153,6 +153,7 @@ def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows
         "rounds": settings.shard.rounds,
         "told": {name: cut.sut.layout for name, cut in by_name.items()},
         "foreseen": foreseen(cuts, world),
+        "reduces": reduces(cuts, world),
     }
     prepared = {
         name: prepare(course, cut.sut, cut.placed.world, settings) for name, cut in by_name.items()

@@ -1,8 +1,8 @@
-"""Placing a model on ranks: the device mesh, the links between stages, and each rank's own shard.
+"""Placing a model on ranks: the device mesh, the links between stages, and who follows whom.
 
-``lay_out`` numbers the replicas and makes the process groups; ``cut`` makes a rank's part of a
-decoder without ever holding the whole. What is sent are tensors of known shapes: nothing is
-pickled.
+``lay_out`` numbers the replicas and makes the process groups, ``following`` lets a rank work for its
+leader, ``measure_links`` tells what a send and an all-reduce take. What is sent are tensors of known
+shapes: nothing is pickled.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from distbench.clock import Now
 from distbench.engines.pipeline import Edge, Edges
 from distbench.layout import Layout, check_world
-from distbench.models.tinylm_net import TinyLM
-from distbench.models.tinylm_weights import Whole, fill
 from distbench.predict import Link
-from distbench.shape import NetConfig
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -219,80 +216,6 @@ def _warm(edges: Edges, device: torch.device) -> None:
         work.wait()
 
 
-class Reduced(nn.Module):
-    """A linear map of which each part holds some columns: computed, then summed over the parts."""
-
-    def __init__(self, weight: Tensor, group: Any) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.group = group
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map shape (..., own columns) to shape (..., rows), the same on every part."""
-        out = nn.functional.linear(x, self.weight)
-        dist.all_reduce(out, group=self.group)
-        return out
-
-
-ROWS = ("attention.q", "attention.k", "attention.v", "feed.gate", "feed.up")
-COLUMNS = ("attention.o", "feed.down")
-"""Matrices of a layer whose rows or columns are divided among the parts."""
-
-
-def cut(
-    config: NetConfig,
-    placed: Placed,
-    halves: tuple[int, int],
-    whole: Whole,
-    dtype: torch.dtype = torch.float32,
-) -> TinyLM:
-    """Make this rank's part of a decoder.
-
-    The parts are placed by ``parallelize_module``. It leaves DTensors, whose dispatch in Python
-    takes longer than a small layer's work; so each part then computes on its local matrices, with
-    one all-reduce after each attention and each feed-forward.
-
-    Args:
-        config: of the whole decoder.
-        placed: where this rank is.
-        halves: begin and end of its stage, in half layers.
-        whole: its weights, whole parameters of which this rank keeps its part.
-        dtype: of the network.
-
-    Returns:
-        The network, on the device, in eval mode.
-    """
-    with torch.device("meta"):
-        net = TinyLM(config, *halves).to(dtype)
-    if placed.layout.tp == 1:
-        return fill(net.to_empty(device=placed.device), whole)
-    from torch.distributed.tensor.parallel import (  # noqa: PLC0415  slow to import
-        ColwiseParallel,
-        RowwiseParallel,
-        parallelize_module,
-    )
-
-    plan: dict[str, Any] = {}
-    for number, block in net.layers.items():
-        for name, _ in block.named_modules():
-            if name in ROWS:
-                plan[f"layers.{number}.{name}"] = ColwiseParallel()
-            elif name in COLUMNS:
-                plan[f"layers.{number}.{name}"] = RowwiseParallel()
-    mesh = placed.mesh["tp"]
-    parallelize_module(net, mesh, plan, src_data_rank=None)
-    fill(net.to_empty(device=placed.device), whole)
-    group = mesh.get_group()
-    for name in plan:
-        weight = net.get_parameter(f"{name}.weight").to_local()  # type: ignore[attr-defined]
-        own: nn.Module = Reduced(weight, group)
-        if name.endswith(ROWS):
-            own = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-            own.weight = nn.Parameter(weight, requires_grad=False)
-        net.set_submodule(name, own)
-    return net.eval()
-
-
 def _raise(error: Exception) -> tuple[int, float]:
     raise error
 
@@ -332,33 +255,6 @@ def following(sut: Any, world: World) -> Iterator[None]:
     finally:
         sut.close()
         thread.join(LEAVE_S)
-
-
-def stage_schedule(
-    module: nn.Module, placed: Placed, lanes: int, taken: Tensor, given: Tensor
-) -> Any:
-    """Return torch's schedule of a one-shot pipeline, over this rank's stage.
-
-    Args:
-        module: the stage, on the device.
-        placed: where this rank is.
-        lanes: micro-batches of a group.
-        taken: what the stage takes of one micro-batch, on "meta"; given so that torch need not
-            exchange shapes, which it would pickle.
-        given: what it returns, likewise.
-    """
-    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe  # noqa: PLC0415
-
-    stage = PipelineStage(
-        module,
-        placed.stage,
-        placed.layout.pp,
-        placed.device,
-        input_args=torch.empty_like(taken, device=placed.device),
-        output_args=torch.empty_like(given, device=placed.device),
-        group=placed.mesh["pp"].get_group(),
-    )
-    return ScheduleGPipe(stage, n_microbatches=lanes)
 
 
 SMALL, LARGE = 256, 65_536

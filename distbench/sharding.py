@@ -46,6 +46,15 @@ COLUMNS = (
     ("logit_error", "", "against the whole model, largest difference / largest logit"),
 )
 
+REDUCES = (
+    ("layout", "", ""),
+    ("layer", "", "of the model, from 0"),
+    ("follows", "", "what is reduced: attention's or the feed-forward part's output"),
+    ("calls", "", "apart from any window: each is timed alone, and on a GPU stops it"),
+    ("size", "B", "mean"),
+    ("time", "s", "mean, by the first part's clock; waiting for a slower part is in it"),
+)
+
 
 def sharded(
     results: Mapping[str, dict[str, Any]], problems: Mapping[str, str], run_id: str
@@ -73,6 +82,7 @@ def sharded(
     found = worst_first(found + lifted(results))
     first = list(rounds[plan["layouts"][0]].values()) or every
     rows = [_row(name, rounds, plan) for name in plan["layouts"]]
+    reduced = [[name, *row] for name, each in plan["reduces"].items() for row in each]
     return {
         **first[-1],
         "run_id": run_id,
@@ -85,7 +95,11 @@ def sharded(
         "metrics": _metrics(first, rows, whole),
         "per_rank": summed_per_rank(first),
         "start": worst_start(first),
-        "tables": {"layouts": table(COLUMNS, rows), **first[-1]["tables"]},
+        "tables": {
+            "layouts": table(COLUMNS, rows),
+            **first[-1]["tables"],
+            "all_reduces": table(REDUCES, reduced),
+        },
         "window": {
             **first[-1]["window"],
             "number": None,

@@ -173,7 +173,7 @@ def build_part(
     Raises:
         UsageError: the layout does not divide the model, or there is no memory.
     """
-    from distbench.parallel import cut  # noqa: PLC0415  only where a model is cut
+    from distbench.shards import cut  # noqa: PLC0415  only where a model is cut
 
     layout, config = placed.layout, model.config
     check_shape(layout, config, lanes, model.slots)

@@ -183,7 +183,7 @@ def build_one_shot(
     Returns:
         On the leader the engine, on the others what follows it.
     """
-    from distbench.parallel import stage_schedule  # noqa: PLC0415
+    from distbench.shards import stage_schedule  # noqa: PLC0415
 
     count, place = placed.layout.pp, placed.stage
     parts = [(each, each + 1) for each in range(count)]

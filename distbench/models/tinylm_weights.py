@@ -1,7 +1,7 @@
 """Weights of the decoder: the trained ones, seeded random ones, and those of one shard alone.
 
 A shard is a stage of a pipeline, a tensor-parallel part of it, or both. Its network is made without
-memory, cut, given memory for its own part (``parallel.cut``) and filled one parameter at a time: of
+memory, cut, given memory for its own part (``shards.cut``) and filled one parameter at a time: of
 random weights no rank ever holds more than its part and one parameter.
 """
 

@@ -29,7 +29,25 @@ def layout_lines(result: dict[str, Any]) -> list[str]:
                 "-" if row["logit_error"] is None else f"{row['logit_error']:.1e}",
             ]
         )
-    return [*table(shown), *_winner(rows), "each window has a report of its own under windows/"]
+    return [
+        *table(shown),
+        *_winner(rows),
+        *_reduces(result),
+        "each window has a report of its own under windows/",
+    ]
+
+
+def _reduces(result: dict[str, Any]) -> list[str]:
+    """Return a line for each layout with all-reduces: how long one takes, and of which layer most."""
+    told: dict[str, list[tuple[float, int, str]]] = {}
+    for layout, layer, kind, _, _, time_s in result["tables"]["all_reduces"]["rows"]:
+        told.setdefault(layout, []).append((time_s, layer, kind))
+    return [
+        f"  {layout}: an all-reduce takes {duration(sum(row[0] for row in every) / len(every))}, the "
+        f"longest {duration(max(every)[0])} after the {max(every)[2]} of layer {max(every)[1]}, "
+        "timed apart from the windows"
+        for layout, every in told.items()
+    ]
 
 
 RATES = ("throughput", "ci_low", "ci_high", "tokens", "foreseen")
