@@ -23,8 +23,9 @@ from distbench.models.one_shots import (
 )
 from distbench.models.parity import compare, fits_whole, parity
 from distbench.models.speed import measure_speed
-from distbench.parallel import Placed, following, lay_out, measure_links, timed_reduces
+from distbench.parallel import Placed, following, lay_out, measure_links
 from distbench.predict import Link, Work, foresee
+from distbench.shards import timed_reduces
 from distbench.sut import run_indices
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
 
 
 def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
-    """Time each all-reduce of the layouts that have parts, apart from any window; all ranks call it.
+    """Time each all-reduce of layouts with parts, apart from any window; all ranks call it.
 
     Returns:
         Of each layout, by rank 0's replica: layer, what it follows, calls, mean bytes, mean s.
@@ -177,18 +178,12 @@ def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
                 indices = np.arange(min(cut.sut.depth, cut.sut.total), dtype=np.int64)
                 run_indices(cut.sut, indices, 1)
             world.side.meet("reduced")
-        rows = [
-            [
-                int(layer),
-                kind,
-                len(each),
-                fmean(b for b, _ in each),
-                fmean(t for _, t in each) / 1e9,
-            ]
-            for name, each in took.items()
-            for _, layer, kind, *_ in [name.split(".")]
-            if each
-        ]
+        rows = []
+        for name, each in took.items():
+            _, layer, kind, *_ = name.split(".")
+            if each:
+                size, took_ns = (fmean(values) for values in zip(*each, strict=True))
+                rows.append([int(layer), kind, len(each), size, took_ns / 1e9])
         # The first part of each stage of the first replica: of all parts the same.
         firsts = range(0, cut.placed.layout.degree, cut.placed.layout.tp)
         told = world.gather_json(rows)

@@ -20,7 +20,7 @@ from distbench.cli import Option, Values, one_of, positive, positive_number
 from distbench.command import options_but, run_scenario, start_command
 from distbench.coordinated import LOAD
 from distbench.errors import UsageError
-from distbench.layout import ShardPlan, parse_layout
+from distbench.layout import REPLICAS, ShardPlan, parse_layout
 from distbench.load import Load
 from distbench.models import TOKEN_MODELS, check_model
 from distbench.offline import OFFLINE
@@ -39,9 +39,7 @@ def run_distributed(
     model: str = "tinylm",
     world: World | None = None,
     *,
-    layouts: Sequence[str] = ("pp", "replicas"),
-    micro_batches: int | None = None,
-    rounds: int = 4,
+    plan: ShardPlan = ShardPlan((Layout(pp=2), REPLICAS)),  # noqa: B008  frozen
     dtype: str = "",
     load: Load | None = None,
     batch_size: int = 32,
@@ -51,7 +49,6 @@ def run_distributed(
     seed: int = 0,
     timeout_s: float | None = None,
     output_dir: str = "results",
-    name: str = "",
     quiet: bool = True,
 ) -> Windows:
     """Measure one token model under several layouts, and return the windows.
@@ -59,9 +56,7 @@ def run_distributed(
     Args:
         model: NAME[,key=value...] of a token model, or of ``digits`` or ``sleep`` in stages.
         world: from ``distbench.join``; without it this process joins on its own.
-        layouts: such as "pp2", "tp2", "pp2xtp2", "replicas"; without a number of all ranks.
-        micro_batches: of a pipeline in flight; None: two for each stage.
-        rounds: how often each layout is measured, an even number.
+        plan: which layouts, how many micro-batches and rounds.
         dtype: "fp32", "bf16" or "fp16"; "" is fp32.
         load: what is offered to all replicas together, for Server; None for Offline.
         batch_size: samples a group, of a model that is none of texts.
@@ -71,7 +66,6 @@ def run_distributed(
         seed: of sample order and schedules.
         timeout_s: how long a rank's count may stand still, s; None: by the slowest warm-up group.
         output_dir: where the result directory goes.
-        name: replaces the scenario in the directory's name.
         quiet: no progress on stderr.
 
     Returns:
@@ -86,7 +80,6 @@ def run_distributed(
             from distbench.world import join  # noqa: PLC0415  only the run itself needs torch
 
             world = stack.enter_context(join())
-        named = tuple(parse_layout(each, None, world.world_size) for each in layouts)
         settings = script_settings(
             duration_s,
             warmup_s,
@@ -95,24 +88,30 @@ def run_distributed(
             num_samples=num_samples,
             seed=seed,
             output_dir=output_dir,
-            name=name or "distributed",
+            name="distributed",
             quiet=quiet,
             dtype=dtype,
             model_name=check_model(model),
             load=None if load is None else usable(load),
-            shard=ShardPlan(named, micro_batches or 0, rounds),
+            shard=plan,
         )
-        from distbench.cuts import build_cuts  # noqa: PLC0415  likewise
-
-        problem, cuts = None, None
-        try:
-            cuts = build_cuts(settings, world)
-        except UsageError as error:
-            problem = error
-        world.check("model", problem)
-        assert cuts is not None
+        cuts = _built(settings, world)
         stack.callback(cuts.close)
         return measure_distributed(cuts, world, settings)
+
+
+def _built(settings: Settings, world: World) -> Cuts:
+    """Build all layouts, or stop all ranks with the sentence of one."""
+    from distbench.cuts import build_cuts  # noqa: PLC0415  torch, which --help does without
+
+    problem, cuts = None, None
+    try:
+        cuts = build_cuts(settings, world)
+    except UsageError as error:
+        problem = error
+    world.check("model", problem)
+    assert cuts is not None
+    return cuts
 
 
 def batch_of(model: str, asked: int) -> int:

@@ -1,8 +1,8 @@
 """Placing a model on ranks: the device mesh, the links between stages, and who follows whom.
 
-``lay_out`` numbers the replicas and makes the process groups, ``following`` lets a rank work for its
-leader, ``measure_links`` tells what a send and an all-reduce take. What is sent are tensors of known
-shapes: nothing is pickled.
+``lay_out`` numbers the replicas and makes the process groups, ``following`` lets a rank work for
+its leader, ``measure_links`` tells what a send and an all-reduce take. What is sent are tensors of
+known shapes: nothing is pickled.
 """
 
 from __future__ import annotations

@@ -38,16 +38,18 @@ def layout_lines(result: dict[str, Any]) -> list[str]:
 
 
 def _reduces(result: dict[str, Any]) -> list[str]:
-    """Return a line for each layout with all-reduces: how long one takes, and of which layer most."""
+    """Return a line for each layout with all-reduces: what one takes, and the longest of them."""
     told: dict[str, list[tuple[float, int, str]]] = {}
     for layout, layer, kind, _, _, time_s in result["tables"]["all_reduces"]["rows"]:
         told.setdefault(layout, []).append((time_s, layer, kind))
-    return [
-        f"  {layout}: an all-reduce takes {duration(sum(row[0] for row in every) / len(every))}, the "
-        f"longest {duration(max(every)[0])} after the {max(every)[2]} of layer {max(every)[1]}, "
-        "timed apart from the windows"
-        for layout, every in told.items()
-    ]
+    lines = []
+    for layout, every in told.items():
+        mean, (most, layer, kind) = sum(row[0] for row in every) / len(every), max(every)
+        lines.append(
+            f"  {layout}: an all-reduce takes {duration(mean)}, the longest {duration(most)} after "
+            f"the {kind} of layer {layer}, timed apart from the windows"
+        )
+    return lines
 
 
 RATES = ("throughput", "ci_low", "ci_high", "tokens", "foreseen")

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from distbench.layout import Layout, ShardPlan, parse_layout
 from distbench.verify import verify
 from distbench.windows import load_run
 from tests.support import run_ranks
@@ -122,7 +123,7 @@ def test_stages_of_parts_on_four_ranks(tmp_path: Path) -> None:
 )
 def test_no_rank_holds_more_than_its_share(model: str, layout: str, ranks: int) -> None:
     """At most 1/N of all parameters, and embedding and head, which are one matrix."""
-    from distbench.layout import own_weights, parse_layout, stages
+    from distbench.layout import own_weights, stages
     from distbench.models import token_model
 
     config = token_model(model, 1).config
@@ -136,7 +137,6 @@ def test_no_rank_holds_more_than_its_share(model: str, layout: str, ranks: int) 
 
 def held_by(layout: str, model: str) -> int:
     """On each rank: the parameters that it holds, by counting them."""
-    from distbench.layout import parse_layout
     from distbench.models import token_model
     from distbench.models.decoders import build_part
     from distbench.parallel import lay_out
@@ -215,11 +215,9 @@ def bubbles(folder: str, counts: list[int]) -> list[tuple[float, float]]:
             windows = run_distributed(
                 "sleep,per_sample=10ms",
                 world,
-                layouts=["pp2"],
-                micro_batches=count,
+                plan=ShardPlan((Layout(pp=2),), count, 2),
                 batch_size=count * 4,
                 num_samples=160,
-                rounds=2,
                 warmup_s=0.05,
                 output_dir=folder,
             )

@@ -25,14 +25,14 @@ LAYERS = (
     "dispatch driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
-    "readiness finish probe nvml window peak command parallel cuts",
+    "readiness finish probe nvml window peak command parallel shards cuts",
     # Scenarios.
     "offline server singlestream multistream worker central spawn coordinated distributed",
     # Commands around runs.
     "plan verify salvage baseline",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
-COLLECTIVE = {"world", "parallel"}
+COLLECTIVE = {"world", "parallel", "shards"}
 """The modules that may call torch.distributed."""
 SERIALIZERS = {"pickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 MAX_LINES, MAX_FUNCTION_LINES = 400, 60
