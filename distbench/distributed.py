@@ -13,14 +13,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from distbench.cli import Option, Values, one_of, positive, positive_number
 from distbench.command import options_but, run_scenario, start_command
 from distbench.coordinated import LOAD
 from distbench.errors import UsageError
-from distbench.layout import REPLICAS, ShardPlan, parse_layout
+from distbench.layout import REPLICAS, Layout, ShardPlan, parse_layout
 from distbench.load import Load
 from distbench.models import TOKEN_MODELS, check_model
 from distbench.offline import OFFLINE
@@ -49,7 +49,6 @@ def run_distributed(
     seed: int = 0,
     timeout_s: float | None = None,
     output_dir: str = "results",
-    quiet: bool = True,
 ) -> Windows:
     """Measure one token model under several layouts, and return the windows.
 
@@ -64,9 +63,8 @@ def run_distributed(
         num_samples: samples of all replicas together; replaces ``duration_s``.
         warmup_s: how long to warm up at least, s.
         seed: of sample order and schedules.
-        timeout_s: how long a rank's count may stand still, s; None: by the slowest warm-up group.
+        timeout_s: how long a rank's count may stand still, s; None: by the warm-up.
         output_dir: where the result directory goes.
-        quiet: no progress on stderr.
 
     Returns:
         The windows, on every rank; ``.result()["tables"]["layouts"]`` compares the layouts.
@@ -89,14 +87,13 @@ def run_distributed(
             seed=seed,
             output_dir=output_dir,
             name="distributed",
-            quiet=quiet,
+            quiet=True,
             dtype=dtype,
             model_name=check_model(model),
             load=None if load is None else usable(load),
             shard=plan,
         )
-        cuts = _built(settings, world)
-        stack.callback(cuts.close)
+        cuts = stack.enter_context(closing(_built(settings, world)))
         return measure_distributed(cuts, world, settings)
 
 

@@ -44,8 +44,9 @@ def measured(layouts: list[str], model: str, folder: str, **more: Any) -> dict[s
     from distbench import run_distributed
 
     seen = spied()
+    plan = ShardPlan(tuple(parse_layout(each, None, 2) for each in layouts), rounds=2)
     windows = run_distributed(
-        model, layouts=layouts, rounds=2, num_samples=12, warmup_s=0.05, output_dir=folder, **more
+        model, plan=plan, num_samples=12, warmup_s=0.05, output_dir=folder, **more
     )
     assert seen == []
     return windows.result()
