@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from distbench.errors import UsageError
-from distbench.layout import Layout, check_shape, check_world
+from distbench.layout import check_shape, check_world, lanes_of
 from distbench.models import TOKEN_MODELS, split_model, token_model
 from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
 from distbench.models.one_shots import (
@@ -31,10 +31,6 @@ from distbench.sut import run_indices
 if TYPE_CHECKING:
     from distbench.settings import Settings
     from distbench.world import World
-
-DEFAULT_LANES = 2
-"""Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
-tokens come round."""
 
 
 @dataclass(frozen=True)
@@ -115,20 +111,6 @@ def _model(settings: Settings) -> DecoderModel | OneShotModel:
 def _divided(cuts: Cuts) -> int:
     """Return what micro-batches divide: the slots of a token model, or a group."""
     return cuts.model.slots if isinstance(cuts.model, DecoderModel) else cuts.batch_size
-
-
-def lanes_of(layout: Layout, asked: int, divided: int) -> int:
-    """Return the micro-batches of a replica.
-
-    Args:
-        layout: of it; without stages all is one.
-        asked: by --micro-batches; 0: up to two for each stage.
-        divided: what they must divide.
-    """
-    if layout.pp == 1:
-        return 1
-    most = range(1, DEFAULT_LANES * layout.pp + 1)
-    return asked or max(each for each in most if divided % each == 0)
 
 
 def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:

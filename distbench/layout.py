@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 from distbench.errors import UsageError
 from distbench.shape import NetConfig
 
-KINDS = ("pp", "tp", "replicas")
+DEFAULT_LANES = 2
+"""Micro-batches for each stage of a pipeline: with one alone a stage would rest while its lane's
+tokens come round."""
 _WORD = re.compile(r"(pp|tp)(\d*)")
 
 
@@ -178,6 +180,20 @@ def check_shape(layout: Layout, config: NetConfig, lanes: int, slots: int) -> No
             f"{slots} slots do not divide into {lanes} micro-batches: give --micro-batches {near}, "
             f"or slots={-(-slots // lanes) * lanes}"
         )
+
+
+def lanes_of(layout: Layout, asked: int, divided: int) -> int:
+    """Return the micro-batches of a replica.
+
+    Args:
+        layout: of it; without stages all is one.
+        asked: by --micro-batches; 0: up to two for each stage.
+        divided: what they must divide.
+    """
+    if layout.pp == 1:
+        return 1
+    most = range(1, DEFAULT_LANES * layout.pp + 1)
+    return asked or max(each for each in most if divided % each == 0)
 
 
 def _nearest(values: Sequence[int], wanted: int) -> int:

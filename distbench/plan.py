@@ -2,6 +2,7 @@
 
     python -m distbench.plan --scenario server --target-qps 0.5 --rules mlperf-v5.0 --latency 10s
     python -m distbench.plan --scenario offline --target-qps 21000 --rules mlperf-v5.0
+    python -m distbench.plan --shard pp,tp --link-rate 1Gbit/s --flops 1e10 --memory-rate 5GB/s
 
 Nothing is measured and torch is not loaded. Exit status: 0, or 3 under --strict where the run as
 planned could not be VALID.
@@ -30,6 +31,8 @@ from distbench.gates import WORDING
 from distbench.metrics import QUANTILES
 from distbench.rounds import PERCENTILES
 from distbench.rules import Limits, Rules, limits, parse_rules
+from distbench.shard_plan import OPTIONS as SHARD_OPTIONS
+from distbench.shard_plan import asked, shard_lines
 from distbench.stats import least_samples
 
 CONFIDENCE = 0.95
@@ -226,12 +229,19 @@ OPTIONS = (
     Option("scenario", "offline", one_of(*SCENARIOS), "what to plan", "|".join(SCENARIOS)),
     Option("target-qps", None, positive_number, "expected samples/s or queries/s", "Q"),
     Option("rules", "none", parse_rules, "none, mlperf-v5.0 or mlperf-v5.1[,shortened=5s]", "R"),
-    Option("model", "", str, "the round's name of a model, for its limits", "NAME"),
+    Option(
+        "model",
+        "",
+        str,
+        "the round's name of a model, for its limits; with --shard a token model",
+        "NAME",
+    ),
     Option("latency", None, positive_duration_ns, "Server's limit for another model", "TIME"),
     Option("duration", None, positive_duration_ns, "instead of the rules' minimum", "TIME"),
     Option("num-queries", None, positive, "exactly so many, in place of a duration", "N"),
     Option("num-samples", None, positive, "the same of Offline, which counts samples", "N"),
     Option("strict", None, None, "exit 3 where the run could not be VALID"),
+    *SHARD_OPTIONS,
 )
 
 
@@ -241,7 +251,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         UsageError: an option cannot be used as asked.
     """
-    v = parse("distbench.plan", __doc__ or "", OPTIONS, argv).values
+    given = parse("distbench.plan", __doc__ or "", OPTIONS, argv)
+    v = given.values
+    if v["shard"] is not None:
+        sys.stdout.write("\n".join(["PLAN  layouts of one model", *shard_lines(v)]) + "\n")
+        return EXIT_OK
+    if lost := asked(v, given.origins):
+        raise UsageError(f"--{lost[0].replace('_', '-')} is of --shard: give that as well")
     if v["target_qps"] is None:
         raise UsageError("--target-qps is needed: the rate you expect, from a short run")
     own, other = "num_queries", "num_samples"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from distbench.errors import UsageError
+
+PROMPT, OUTPUT, SLOTS = 32, 32, 8
+"""Tokens of a sample of ``llama``, and texts that are written together, where nothing is asked."""
 
 
 @dataclass(frozen=True)
@@ -78,3 +83,24 @@ class NetConfig:
 
 TRAINED = NetConfig()
 """The sizes of the trained weights."""
+
+
+def llama_config(values: Mapping[str, Any]) -> NetConfig:
+    """Return the sizes of a ``llama``.
+
+    Args:
+        values: layers, d (width), heads, kv_heads, hidden, vocabulary; whatever is not given has a
+            default, kv_heads a quarter of the heads and hidden 8/3 of the width.
+
+    Raises:
+        UsageError: they do not fit together.
+    """
+    width, heads = values.get("d", 256), values.get("heads", 8)
+    return NetConfig(
+        vocabulary=values.get("vocabulary", 256),
+        width=width,
+        layers=values.get("layers", 8),
+        heads=heads,
+        kv_heads=values.get("kv_heads", max(1, heads // 4)),
+        hidden=values.get("hidden", 8 * width // 3 // 32 * 32 or 32),
+    )

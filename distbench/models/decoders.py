@@ -23,7 +23,7 @@ from distbench.layout import check_shape, own_part, stages
 from distbench.models.tinylm_data import SLOT_LENGTH, Samples
 from distbench.models.tinylm_net import TinyLM, new_cache, slot_bytes
 from distbench.models.tinylm_weights import Whole, fill, random_weights
-from distbench.shape import NetConfig
+from distbench.shape import OUTPUT, PROMPT, SLOTS, NetConfig, llama_config
 
 if TYPE_CHECKING:
     from distbench.parallel import Placed
@@ -56,7 +56,7 @@ class DecoderModel:
     prompts: Sequence[bytes]
     output_lengths: NDArray[np.int64]
     length: int
-    slots: int = 8
+    slots: int = SLOTS
     batching: str = "continuous"
     dtype: str = "fp32"
     scored: Mapping[str, Any] = field(default_factory=dict)
@@ -79,17 +79,8 @@ def llama(values: Mapping[str, Any], dtype: str = "fp32") -> DecoderModel:
     Raises:
         UsageError: the sizes do not fit together.
     """
-    width = values.get("d", 256)
-    heads = values.get("heads", 8)
-    config = NetConfig(
-        vocabulary=values.get("vocabulary", 256),
-        width=width,
-        layers=values.get("layers", 8),
-        heads=heads,
-        kv_heads=values.get("kv_heads", max(1, heads // 4)),
-        hidden=values.get("hidden", 8 * width // 3 // 32 * 32 or 32),
-    )
-    prompt, output = values.get("prompt", 32), values.get("output", 32)
+    config = llama_config(values)
+    prompt, output = values.get("prompt", PROMPT), values.get("output", OUTPUT)
     drawn = np.random.default_rng(SEED).integers(
         0, min(256, config.vocabulary), (SAMPLES, prompt), np.uint8
     )
@@ -101,7 +92,7 @@ def llama(values: Mapping[str, Any], dtype: str = "fp32") -> DecoderModel:
         tuple(row.tobytes() for row in drawn),
         np.full(SAMPLES, output, np.int64),
         prompt + output,
-        values.get("slots", 8),
+        values.get("slots", SLOTS),
         values.get("batching", "continuous"),
         dtype,
     )
@@ -130,7 +121,7 @@ def slot_engine(
     net: TinyLM,
     samples: Samples | DecoderModel,
     place: torch.device,
-    slots: int = 8,
+    slots: int = SLOTS,
     batching: str = "continuous",
     now: Now = now_ns,
     length: int = SLOT_LENGTH,

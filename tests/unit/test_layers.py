@@ -29,7 +29,7 @@ LAYERS = (
     # Scenarios.
     "offline server singlestream multistream worker central spawn coordinated distributed",
     # Commands around runs.
-    "plan verify salvage baseline",
+    "plan shard_plan verify salvage baseline",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 COLLECTIVE = {"world", "parallel", "shards"}
