@@ -191,10 +191,12 @@ def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:
         float(model.output_lengths.mean()),
         model.slots,
     )
+    token = model.config.width * work.item_bytes
+    sizes = (min(rows) * token, round(max(work.prompt, *rows)) * token)
     for cut in cuts.every:
         layout, links = cut.placed.layout, (Link(0, 1), Link(0, 1))
         if layout.degree > 1:
-            links = measure_links(cut.placed, world.now)
+            links = measure_links(cut.placed, sizes, world.now)
         told = foresee(layout, cut.lanes, work, speed, *links)
         step_s = speed.step_s[model.slots // cut.lanes]
         made[layout.name] = {

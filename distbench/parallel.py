@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distbench.clock import Now
-from distbench.engines.pipeline import Edge, Edges
+from distbench.engines.stage import Edge, Edges
 from distbench.layout import Layout, check_world
 from distbench.predict import Link
 
@@ -55,11 +55,9 @@ class Way:
         """Send a tensor; returns at once."""
         return dist.isend(tensor.contiguous(), group=self.group, group_dst=self.peer)
 
-    def take(self, tensor: Tensor) -> None:
-        """Receive into a tensor; over NCCL the current stream waits, and the host does not."""
-        work = dist.irecv(tensor, group=self.group, group_src=self.peer)
-        assert work is not None
-        work.wait()
+    def begin(self, tensor: Tensor) -> Any:
+        """Begin to receive into a tensor; over NCCL ``wait`` lets the current stream wait."""
+        return dist.irecv(tensor, group=self.group, group_src=self.peer)
 
 
 @dataclass(frozen=True)
@@ -208,10 +206,10 @@ def _warm(edges: Edges, device: torch.device) -> None:
         posted.append(edges.back.post(host))
     if edges.above is not None:
         place = torch.device("cpu") if edges.above.tokens else device
-        edges.above.head.take(torch.zeros(1, dtype=torch.int64))
-        edges.above.body.take(torch.zeros(1, device=place))
+        edges.above.head.begin(torch.zeros(1, dtype=torch.int64)).wait()
+        edges.above.body.begin(torch.zeros(1, device=place)).wait()
     elif edges.back is not None:
-        edges.back.take(torch.zeros(1, dtype=torch.int64))
+        edges.back.begin(torch.zeros(1, dtype=torch.int64)).wait()
     for work in posted:
         work.wait()
 
@@ -257,17 +255,22 @@ def following(sut: Any, world: World) -> Iterator[None]:
         thread.join(LEAVE_S)
 
 
-SMALL, LARGE = 256, 65_536
-"""float32 elements of the messages from which latency and rate of a link are worked out: 1 KiB and
-256 KiB."""
 REPEATS = 9
+WIDER = 8
+"""The larger message that is timed is at least so many times the smaller one."""
 
 
-def measure_links(placed: Placed, now: Now) -> tuple[Link, Link]:
-    """Measure a send between neighbours and an all-reduce, within this rank's replica, untimed.
+def measure_links(placed: Placed, sizes: tuple[int, int], now: Now) -> tuple[Link, Link]:
+    """Measure a send between neighbours and an all-reduce, within this rank's replica.
 
-    All ranks call it. Where a layout has no stages, its parts are the neighbours, and the other
-    way round.
+    All ranks call it, before any window. Where a layout has no stages, its parts are the
+    neighbours, and the other way round.
+
+    Args:
+        placed: where this rank is.
+        sizes: bytes of the smallest and the largest message that the model sends: a line through
+            these two tells what others take, for links are seldom straight over all sizes.
+        now: the clock.
 
     Returns:
         What a send and what an all-reduce take, by this rank's clock.
@@ -275,8 +278,9 @@ def measure_links(placed: Placed, now: Now) -> tuple[Link, Link]:
     stages, parts = (placed.mesh[name].get_group() for name in ("pp", "tp"))
     sending = stages if placed.layout.pp > 1 else parts
     reducing = parts if placed.layout.tp > 1 else stages
-    send = _link(lambda tensor: _there_and_back(tensor, sending), placed, now, 2)
-    reduce = _link(lambda tensor: dist.all_reduce(tensor, group=reducing), placed, now, 1)
+    there_and_back = _link(partial(_there_and_back, group=sending), placed, sizes, now)
+    send = Link(there_and_back.latency_s / 2, there_and_back.bytes_per_s * 2)
+    reduce = _link(partial(dist.all_reduce, group=reducing), placed, sizes, now)
     return send, reduce
 
 
@@ -290,17 +294,17 @@ def _there_and_back(tensor: Tensor, group: Any) -> None:
         dist.send(tensor, group=group, group_dst=0)
 
 
-def _link(once: Callable[[Tensor], Any], placed: Placed, now: Now, ways: int) -> Link:
+def _link(once: Callable[[Tensor], Any], placed: Placed, sizes: tuple[int, int], now: Now) -> Link:
     took = []
-    for size in (SMALL, LARGE):
-        tensor, times = torch.zeros(size, device=placed.device), []
+    small, large = sizes[0], max(sizes[1], WIDER * sizes[0])
+    for size in (small, large):
+        tensor, times = torch.zeros(size // 4, device=placed.device), list[float]()
         for _ in range(REPEATS):
             before = now()
             once(tensor)
             if placed.device.type == "cuda":
                 torch.cuda.synchronize(placed.device)
-            times.append((now() - before) / 1e9 / ways)
+            times.append((now() - before) / 1e9)
         took.append(median(times[2:]))
-    small, large = took
-    rate = (LARGE - SMALL) * 4 / max(large - small, 1e-9)
-    return Link(max(small - SMALL * 4 / rate, 1e-9), rate)
+    rate = (large - small) / max(took[1] - took[0], 1e-9)
+    return Link(max(took[0] - small / rate, 1e-9), rate)

@@ -6,8 +6,9 @@ replica, and C(r) what the whole model takes for a step of r texts, P for one pr
     replicas   tokens x C(B) / B + P
     tp         (tokens x (C(B) / t + 2 L R(B d)) / B + P / t + 2 L R(prompt d)), t parts, L layers
     pp         the longest of: the slowest stage, w (tokens x C(n) / n + P), w its share of the
-               work, n texts of each of m micro-batches; the link, the same with X(n d) and
-               X(prompt d); and a micro-batch's way round, tokens x (C(n) + p X(n d)) / (m n)
+               work, n texts of each of m micro-batches; the link, (tokens + prompt) d / rate, for
+               messages that follow one another overlap in their latencies; and a micro-batch's way
+               round, tokens x (C(n) + p X(n d)) / (m n)
 
 R is an all-reduce, X a send, each latency + bytes / rate; d the width in bytes. It is a model of
 what must happen one after the other, so rather too good: what the harness and Python take is not in
@@ -115,7 +116,7 @@ def foresee(
     whole = compute + reduces
     if pp == 1:
         return Foreseen(whole, most[1], most[0] / whole)
-    link = work.output * send.time_s(rows * width) / rows + send.time_s(work.prompt * width)
+    link = (work.output + work.prompt) * width / send.bytes_per_s
     turn = speed.step_s[rows] / tp + per_step + pp * send.time_s(rows * width)
     bound, held_by = max(
         (

@@ -1,4 +1,4 @@
-"""Before a run of several layouts: which one should win, by the model's shape and the links' speed."""
+"""Before a run of several layouts: which one should win, by the model's shape and the links."""
 
 from __future__ import annotations
 
@@ -81,9 +81,7 @@ def shard_lines(values: Mapping[str, Any]) -> list[str]:
         rates[layout.name] = rate = values["ranks"] / layout.degree / told.text_s
         rows.append([layout.name, rounded(rate, 4), rounded(rate * work.output, 4), told.held_by])
     best = max(rates, key=lambda name: rates[name])
-    others = [
-        f"{rates[best] / rate:.3g} times {name}" for name, rate in rates.items() if name != best
-    ]
+    others = [f"{rates[best] / rates[name]:.3g} times {name}" for name in rates if name != best]
     return [*table(rows), f"{best} should win" + (f": {', '.join(others)}" if others else "")]
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from distbench.clock import Now, now_ns
-from distbench.engines.pipeline import STOP, Edges
+from distbench.engines.stage import STOP, Edges
 from distbench.engines.stopwatch import Stopwatch
 from distbench.sut import Done, First, Indices
 
@@ -91,7 +91,7 @@ class OneShotRank:
         head = torch.zeros(1, dtype=torch.int64)
         with torch.inference_mode():
             while True:
-                above.head.take(head)
+                above.head.begin(head).wait()
                 kind = int(head)
                 self.tell(kind)
                 if kind == STOP:
@@ -164,7 +164,7 @@ class OneShotEngine:
             if self.rank.edges.back is not None:
                 out = self.rank.outputs
                 self.watch.begin_wait()
-                self.rank.edges.back.take(out)
+                self.rank.edges.back.begin(out).wait()
                 self.watch.end_wait(out.numel() * 4)
             assert out is not None
             return out[: len(samples)].float().cpu().clone()

@@ -1,27 +1,13 @@
-"""Decoding by several ranks: the token loop of a pipeline, of tensor-parallel parts, or of both.
+"""Decoding by several ranks: the leader's token loop, and what stands for the ranks that follow it.
 
-The slots of a replica are divided into lanes, its micro-batches: while one lane is computed by the
-last stage, the next one is by the stage before. The leader, the first part of the first stage,
-decides what each lane does next (``slots.Lane``) and sends it on; every other rank does the same
-all the time (``follow``): receive a step, compute its layers, pass them on. The last stage sends
-the tokens back to the leader.
-
-    leader ---- step, activations ---> stage 1 --- ... ---> last stage
-       ^------------------------------ tokens ------------------'
-
-A step is a header of int64 and what its layers compute on: tokens for the parts of the first
-stage, activations for the others. Each direction of each edge is a link of its own, on which
-everything keeps its order. A send is posted, and waited for only when its receive cannot be still
-to come: a lane is sent again after its tokens have come round, and by then its last step has been
-received. So nothing hangs where a send ends only with its receive, as NCCL's do.
+The leader knows which texts are in which lane's slots, and sends each lane on as soon as its tokens
+have come back; what is computed, and what goes over which link, is in ``stage``.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,179 +17,8 @@ from torch import Tensor
 from distbench.clock import Now, now_ns
 from distbench.engines.slot_decoder import ROUND
 from distbench.engines.slots import Decode, Lane, Prefill, Prompts, Step, check_batching
-from distbench.engines.stopwatch import Stopwatch
-from distbench.models.tinylm_net import KVCache, TinyLM
+from distbench.engines.stage import CHECK, DECODE, FIELDS, PREFILL, Posted, StageRank
 from distbench.sut import Done, First, Indices
-
-STOP, PREFILL, DECODE, CHECK = 0, 1, 2, 3
-"""Kinds of steps; a check is a prefill whose logits come back in place of tokens."""
-FIELDS = 5
-"""Of a header before its slots and positions: kind, lane, rows, length, limit."""
-
-
-class Posted(Protocol):
-    """A send that was posted."""
-
-    def wait(self) -> Any:
-        """Wait until it has ended."""
-
-
-class Link(Protocol):
-    """One direction of one edge; everything on it keeps its order."""
-
-    def post(self, tensor: Tensor) -> Posted:
-        """Send a tensor; returns at once, and the tensor must stay as it is until it has ended."""
-
-    def take(self, tensor: Tensor) -> None:
-        """Receive into a tensor; on a GPU the current stream waits, and the host does not."""
-
-
-@dataclass(frozen=True)
-class Edge:
-    """Where steps come from or go to.
-
-    Attributes:
-        head: of headers, in host memory.
-        body: of tokens, in host memory, or of activations, on the device.
-        tokens: whether it is tokens.
-    """
-
-    head: Link
-    body: Link
-    tokens: bool
-
-
-@dataclass(frozen=True)
-class Edges:
-    """The edges of one rank.
-
-    Attributes:
-        above: where its steps come from; None: it is the leader.
-        below: where they go to.
-        back: of the last stage and the leader: of the tokens; None where one rank is both.
-    """
-
-    above: Edge | None = None
-    below: tuple[Edge, ...] = ()
-    back: Link | None = None
-
-
-@dataclass
-class StageRank:
-    """What one rank computes of each step: its layers, over the caches of all lanes.
-
-    Attributes:
-        net: its layers.
-        cache: keys and values of all lanes, lane by lane.
-        lanes: micro-batches.
-        edges: of this rank.
-        device: of the network.
-        watch: what its time went to.
-    """
-
-    net: TinyLM
-    cache: KVCache
-    lanes: int
-    edges: Edges
-    device: torch.device
-    watch: Stopwatch
-    _posted: list[list[tuple[Posted, Tensor]]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.slots = self.cache.slots // self.lanes
-        self.caches = [
-            KVCache(self.cache.keys[:, first:end], self.cache.values[:, first:end])
-            for first in range(0, self.cache.slots, self.slots)
-            for end in (first + self.slots,)
-        ]
-        self.dtype = next(self.net.parameters()).dtype
-        self._posted = [[] for _ in range(self.lanes)]
-
-    def header(self) -> Tensor:
-        """Return an empty header, int64, shape (5 + 2 slots,)."""
-        return torch.zeros(FIELDS + 2 * self.slots, dtype=torch.int64)
-
-    def run(self, head: Tensor, x: Tensor) -> Tensor:
-        """Compute this rank's layers of a step and pass them on.
-
-        Args:
-            head: the step's header.
-            x: tokens, shape (rows, length), int64, or activations, (rows, length, width).
-
-        Returns:
-            Of the last stage the tokens, shape (rows,), int64, on the device, or of a check the
-            logits, (rows, vocabulary), float32; of the others activations.
-        """
-        kind, lane, rows, length, limit = head[:FIELDS].tolist()
-        self._pass_tokens(lane, head, x)
-        self.watch.begin_work(kind != DECODE, rows)
-        slots = numbers = None
-        at = head[FIELDS + self.slots : FIELDS + self.slots + rows].to(self.device)
-        x = x.to(self.device)
-        if kind != DECODE:
-            slots = head[FIELDS : FIELDS + rows].to(self.device)
-            numbers = at - 1  # of each prompt's last token
-            positions = torch.arange(length, device=self.device).expand(rows, length)
-        else:
-            positions = at[:, None]
-        out: Tensor = self.net(x, self.caches[lane], positions, slots, limit)
-        if self.net.last:
-            last = out[:, 0] if numbers is None else out[range(rows), numbers]
-            out = last.float() if kind == CHECK else last.argmax(dim=-1)
-        self.watch.end_work()
-        if not self.net.last:
-            self._pass(lane, head, out)
-        return out
-
-    def _pass_tokens(self, lane: int, head: Tensor, x: Tensor) -> None:
-        """Let the other parts of the first stage begin."""
-        for work, _ in self._posted[lane]:
-            work.wait()
-        self._posted[lane].clear()
-        for edge in self.edges.below:
-            if edge.tokens:
-                self._post(lane, edge.head, head)
-                self._post(lane, edge.body, x)
-
-    def _pass(self, lane: int, head: Tensor, out: Tensor) -> None:
-        for edge in self.edges.below:
-            if not edge.tokens:
-                self._post(lane, edge.head, head)
-                self._post(lane, edge.body, out)
-
-    def _post(self, lane: int, link: Link, tensor: Tensor) -> None:
-        self._posted[lane].append((link.post(tensor), tensor))
-        self.watch.sent_bytes += tensor.numel() * tensor.element_size()
-
-    def follow(self) -> None:
-        """Compute whatever comes, until the leader's ``close``."""
-        above, back = self.edges.above, self.edges.back
-        assert above is not None, "the leader follows nobody"
-        with torch.inference_mode():
-            while True:
-                head = self.header()
-                self.watch.begin_wait()
-                above.head.take(head)
-                kind, lane, rows, length, _ = head[:FIELDS].tolist()
-                if kind == STOP:
-                    self.stop(head)
-                    return
-                if above.tokens:
-                    x = torch.empty(rows, length, dtype=torch.int64)
-                else:
-                    shape = (rows, length, self.net.config.width)
-                    x = torch.empty(shape, dtype=self.dtype, device=self.device)
-                above.body.take(x)
-                self.watch.end_wait(head.numel() * 8 + x.numel() * x.element_size())
-                out = self.run(head, x)
-                if back is not None:
-                    self._post(lane, back, out.cpu())
-                    self.watch.told()
-
-    def stop(self, head: Tensor) -> None:
-        """Tell those below that no more steps come."""
-        for edge in self.edges.below:
-            edge.head.post(head).wait()
 
 
 class PipelineEngine:
@@ -243,7 +58,8 @@ class PipelineEngine:
         static = check_batching(batching)
         self._lanes = [Lane(rank.slots, static) for _ in range(rank.lanes)]
         self._resting = deque(range(rank.lanes))
-        self._flying: deque[tuple[int, Step, Tensor]] = deque()  # lane, step, tokens or none yet
+        # Lane, step, its tokens, and where they are still to come the receive of them.
+        self._flying: deque[tuple[int, Step, Tensor, Posted | None]] = deque()
         self._tokens = [torch.zeros(rank.slots, dtype=torch.int64) for _ in self._lanes]
         self._positions = [torch.zeros(rank.slots, dtype=torch.int64) for _ in self._lanes]
         self._closed = False
@@ -264,11 +80,10 @@ class PipelineEngine:
             self._launch()
             if not self._flying:
                 return ()
-            lane, step, told = self._flying.popleft()
-            back = self.rank.edges.back
-            if back is not None:
+            lane, step, told, work = self._flying.popleft()
+            if work is not None:
                 self.watch.begin_wait()
-                back.take(told)
+                work.wait()
                 self.watch.end_wait(told.numel() * 8)
             tokens: list[int] = told.tolist()
             self._advance(lane, step, told)
@@ -291,7 +106,7 @@ class PipelineEngine:
             if back is None:
                 return out.cpu()
             told = torch.empty(len(prompts), self.rank.net.config.vocabulary)
-            back.take(told)
+            back.begin(told).wait()
             return told
 
     def close(self) -> None:
@@ -313,10 +128,10 @@ class PipelineEngine:
             if step is None:
                 self._resting.append(lane)
                 continue
-            self._flying.append((lane, step, self._begin(lane, step)))
+            self._flying.append((lane, step, *self._begin(lane, step)))
 
-    def _begin(self, lane: int, step: Step) -> Tensor:
-        """Compute the leader's layers of a step; returns its tokens, or room for them."""
+    def _begin(self, lane: int, step: Step) -> tuple[Tensor, Posted | None]:
+        """Compute the leader's layers of a step; returns its tokens, or what receives them."""
         if type(step) is Prefill:
             rows = len(step.slots)
             head, x = self._prefill(PREFILL, lane, step.slots, step.prompts)
@@ -326,10 +141,11 @@ class PipelineEngine:
             x = self._tokens[lane][:rows, None].clone()
             head[:FIELDS] = torch.tensor([DECODE, lane, rows, 1, self._rounded(step.limit)])
             head[at : at + rows] = self._positions[lane][:rows]
-        out = self.rank.run(head, x)
-        if self.rank.edges.back is not None:
-            return torch.empty(rows, dtype=torch.int64)
-        return out.cpu()
+        out, back = self.rank.run(head, x), self.rank.edges.back
+        if back is None:
+            return out.cpu(), None
+        told = torch.empty(rows, dtype=torch.int64)
+        return told, back.begin(told)
 
     def _prefill(
         self, kind: int, lane: int, slots: Sequence[int], prompts: Sequence[bytes]

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from distbench.clock import Now, now_ns
-from distbench.engines.pipeline import Follower, PipelineEngine, StageRank
+from distbench.engines.pipeline import Follower, PipelineEngine
 from distbench.engines.slot_decoder import SlotDecoder, check_memory
 from distbench.engines.slots import SlotEngine
+from distbench.engines.stage import StageRank
 from distbench.engines.stopwatch import Stopwatch
 from distbench.layout import check_shape, own_part, stages
 from distbench.models.tinylm_data import SLOT_LENGTH, Samples

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from distbench.engines.pipeline import Edges, PipelineEngine, StageRank
+from distbench.engines.pipeline import PipelineEngine
 from distbench.engines.slot_decoder import USABLE, available_bytes
+from distbench.engines.stage import Edges, StageRank
 from distbench.engines.stopwatch import Stopwatch
 from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
 from distbench.models.tinylm_net import TinyLM, new_cache, slot_bytes

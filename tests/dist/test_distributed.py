@@ -166,7 +166,7 @@ def test_server_gives_first_tokens(tmp_path: Path) -> None:
 
 def harmed(folder: str, harm: str) -> None:
     """On each rank: a pipeline whose last stage comes to harm in the first window."""
-    from distbench.engines.pipeline import StageRank
+    from distbench.engines.stage import StageRank
 
     run = StageRank.run
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from distbench.engines.pipeline import Edge, Edges, PipelineEngine, StageRank
+from distbench.engines.pipeline import PipelineEngine
+from distbench.engines.stage import Edge, Edges, StageRank
 from distbench.engines.stopwatch import Stopwatch
 from distbench.layout import own_part, stages
 from distbench.models.decoders import DecoderModel, llama
@@ -62,8 +63,8 @@ class FakeLink:
         done = self.stream.post(self.side, "send", tensor.clone())
         return Posted(done)
 
-    def take(self, tensor: torch.Tensor) -> None:
-        Posted(self.stream.post(self.side, "take", tensor)).wait()
+    def begin(self, tensor: torch.Tensor) -> Any:
+        return Posted(self.stream.post(self.side, "take", tensor))
 
 
 class Posted:
