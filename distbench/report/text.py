@@ -6,6 +6,7 @@ from typing import Any
 
 from distbench.report.bounded import bound_lines, peak_lines, search_lines
 from distbench.report.central import driver_lines
+from distbench.report.fabric import fabric_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
 from distbench.report.units import (
     FIRST_RANKS,
@@ -34,7 +35,19 @@ def to_text(result: dict[str, Any]) -> str:
     Args:
         result: the content of result.json.
     """
-    lines = [_verdict(result), "", _headline(result), ""]
+    if "collectives" in result["tables"]:
+        lines = [_verdict(result), "", *fabric_lines(result)]
+    else:
+        lines = [_verdict(result), "", *_samples(result), *_ranks(result), ""]
+    lines += [*_trust(result), "", *_findings(result)]
+    lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
+    # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
+
+
+def _samples(result: dict[str, Any]) -> list[str]:
+    """Return what a scenario measured, from headline to gates."""
+    lines = [_headline(result), ""]
     lines += [*peak_lines(result), *efficiency_lines(result), *_throughput(result), ""]
     trail = search_lines(result) or scaling_lines(result)
     until = result["windows"] and not trail
@@ -42,11 +55,7 @@ def to_text(result: dict[str, Any]) -> str:
         lines += [*(_windows(result) if until else _latencies(result)), ""]
     lines += [*bound_lines(result), ""] if result["tables"].get("bounds") else []
     lines += [*trail, ""] if trail else []
-    lines += [*_accuracy(result), "", *_gates(result)]
-    lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]
-    lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
-    # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
+    return [*lines, *_accuracy(result), "", *_gates(result)]
 
 
 def _verdict(result: dict[str, Any]) -> str:
