@@ -69,7 +69,8 @@ FIT_COLUMNS = (
     ("sizes", "", f"from {size_text(FIT_FROM)} on"),
     ("alpha", "s", "of time = alpha + beta * bytes, least squares of the relative error"),
     ("bandwidth", "B/s", "1 / beta"),
-    ("r2", "", "1 - squared relative errors / those of the weighted mean"),
+    ("r2", "", "of that line: 1 - squared errors / squared distances from the mean, unweighted"),
+    ("worst", "", "largest error of the line at any of these sizes, relative to the time"),
     ("reason", "", "why it is unknown"),
 )
 
@@ -131,7 +132,8 @@ def seen(run: Run, number: int, cell: Cell) -> Seen | str:
         bound_ns = max(bound_ns, model.bound_ns(int(instant[0])), model.bound_ns(int(instant[-1])))
     late = np.stack([rows[:, at["issued"]] - rows[:, at["scheduled"]] for rows in own])
     device = np.stack([rows[:, at["device"]] for rows in own])
-    return Seen(late, np.stack(ends), device, (late <= cell.late_ns).all(axis=0), bound_ns)
+    valid = np.asarray((late <= cell.late_ns).all(axis=0))
+    return Seen(late, np.stack(ends), device, valid, bound_ns)
 
 
 def back_to_back(found: Seen, cell: Cell, ranks: int) -> dict[str, Any]:
@@ -296,18 +298,19 @@ def fits(rows: Sequence[Row]) -> list[list[Any]]:
                 f"{len(known)} sizes of {size_text(FIT_FROM)} or more are known, and a line that "
                 f"can be wrong takes {LEAST_FIT}"
             )
-            found.append([name, len(known), None, None, None, reason])
+            found.append([name, len(known), None, None, None, None, reason])
             continue
-        alpha, beta, r2 = fit([e["bytes"] for e in known], [e["time"] for e in known])
+        alpha, beta, r2, worst = fit([e["bytes"] for e in known], [e["time"] for e in known])
         reason = "" if beta > 0 else "larger sizes took no longer, so there is no bandwidth"
-        found.append([name, len(known), alpha, 1 / beta if beta > 0 else None, r2, reason])
+        bandwidth = 1 / beta if beta > 0 else None
+        found.append([name, len(known), alpha, bandwidth, r2, worst, reason])
     return found
 
 
 def figures_of(rows: Sequence[Row], lines: Sequence[Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Return the metrics: of each operation its busbw, latency and fit."""
     out: dict[str, dict[str, Any]] = {}
-    for name, sizes, alpha, bandwidth, r2, reason in lines:
+    for name, sizes, alpha, bandwidth, r2, _, reason in lines:
         own = [row.figures for row in rows if row.figures["operation"] == name]
         large, small = own[-1], own[0]
         n = large["blocks"] or 0

@@ -148,14 +148,14 @@ def _bent(lines: Sequence[Sequence[Any]]) -> list[Finding]:
         Finding(
             "info",
             "fit-poor",
-            f"the time of {name} is no line in its size: R^2 {r2:.4f} over {sizes} sizes, so "
-            "alpha and bandwidth describe it badly",
+            f"the time of {name} is no line in its size: R^2 {r2:.4f} over {sizes} sizes, the line "
+            f"is off by up to {worst:.0%}",
             value=r2,
             limit=GOOD_FIT,
             remedy="read the table in place of the fit; where it should be a line, quiet the hosts "
             "and give a longer --duration",
         )
-        for name, sizes, _, _, r2, _ in lines
+        for name, sizes, _, _, r2, worst, _ in lines
         if r2 is not None and r2 < GOOD_FIT
     ]
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 COLUMNS = ("index", "scheduled", "issued", "completed", "device", "count")
 WARM_NS, MOST_WARM = 50_000_000, 200
 """How long an operation runs before it is planned, and how often at most."""
-AHEAD_NS, SLACK_NS = 20_000_000, 300_000
-"""How far ahead a cell's first instant is named; what a rank needs to settle for the next one."""
+AHEAD_NS, SLACK_NS = 5_000_000, 500_000
+"""How far ahead an instant is named; what a rank needs to settle for the next one."""
 SETUP_S = 600.0
 """How long nothing may end before the window; an operation itself has torch's timeout of 30 s."""
 
@@ -197,10 +197,13 @@ def window(world: World, recorder: record.Recorder, cells: Sequence[Cell], dtype
             call.fill(number + 1)
             marks = tensors.marks_of(world, timed=cell.mode == BACK_TO_BACK)
             rows = range(row, row + cell.repetitions)
-            set_instants(world, log, rows, f"cell:{number}", cell.window_ns)
-            log.idle[0] = False
-            timed_loop(log, rows, call, cell.times, marks, wait, world.now)
-            log.idle[0] = True
+            step = cell.repetitions if cell.window_ns else 1
+            for first in rows[::step]:
+                some = range(first, first + step)
+                set_instants(world, log, some, f"cell:{number}:{first}", cell)
+                log.idle[0] = False
+                timed_loop(log, some, call, cell.times, marks, wait, world.now)
+                log.idle[0] = True
             after["checks"].append([number, *call.check(number + 1, cell.times)])
             row = rows.stop
         switches_after, delay_after_ns = schedstat()
@@ -221,11 +224,10 @@ def window(world: World, recorder: record.Recorder, cells: Sequence[Cell], dtype
     start.synchronize(world, "after")
 
 
-def set_instants(world: World, log: SampleLog, rows: range, place: str, window_ns: int) -> None:
-    """Fill in when each of a cell's repetitions is due, on this rank's clock; all ranks agree."""
-    span_ns = (len(rows) - 1) * window_ns
-    # A window holds what a rank does before its first repetition as well.
-    first, last = start.name_instants(world, place, AHEAD_NS + window_ns, span_ns)
+def set_instants(world: World, log: SampleLog, rows: range, place: str, cell: Cell) -> None:
+    """Fill in when each of some repetitions is due, on this rank's clock; all ranks agree."""
+    span_ns = (len(rows) - 1) * cell.window_ns
+    first, last = start.name_instants(world, place, AHEAD_NS + cell.settle_ns, span_ns)
     steps = np.arange(len(rows), dtype=np.int64) * (last - first)
     log.scheduled[rows.start : rows.stop] = first + steps // max(len(rows) - 1, 1)
     log.count[rows.start : rows.stop] = 1

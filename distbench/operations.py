@@ -33,8 +33,8 @@ BACK_TO_BACK, SPACED = "back_to_back", "spaced"
 
 BLOCKS, LEAST_SPACED, MOST_SPACED = 10, 10, 200
 MOST_TIMES = 20_000
-ROOM, BLOCK_ROOM = 2.0, 1.5
-"""A repetition's window over its expected time: one that overran is caught up with."""
+ROOM = 3.0
+"""A lone repetition's window over its expected time, so that one that overran is caught up with."""
 LATE_NS, LATE_SHARE = 10_000, 0.01
 """A repetition counts only if every rank began within 10 us of the agreed instant, or, where that
 is more, within 1 % of the time it is expected to take: a rank that spins over the instant is below
@@ -215,7 +215,9 @@ class Cell:
         mode: ``BACK_TO_BACK`` or ``SPACED``.
         times: operations of a repetition, one after the other between its two stamps.
         repetitions: each from an agreed instant of its own.
-        window_ns: from one such instant to the next.
+        window_ns: from one such instant to the next; 0 where each is named when the repetition
+            before has ended.
+        settle_ns: what a rank needs before it can begin one.
         late_ns: a repetition counts if no rank began later than this after the instant.
         expected_ns: of one operation, by what the slowest rank showed before.
     """
@@ -227,6 +229,7 @@ class Cell:
     times: int
     repetitions: int
     window_ns: int
+    settle_ns: int
     late_ns: int
     expected_ns: int
 
@@ -241,7 +244,7 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
         between_ns: what a rank needs between two repetitions, agreed likewise.
     """
     half_ns, expected_ns = asked.duration_ns / 2, max(expected_ns, 1)
-    times = min(max(int(half_ns / BLOCKS / BLOCK_ROOM / expected_ns), 1), MOST_TIMES)
+    times = min(max(int(half_ns / BLOCKS / expected_ns), 1), MOST_TIMES)
     window_ns = int(ROOM * expected_ns) + between_ns
     spaced = asked.repetitions or min(max(int(half_ns / window_ns), LEAST_SPACED), MOST_SPACED)
     block_ns = times * expected_ns
@@ -253,7 +256,8 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
             BACK_TO_BACK,
             times,
             BLOCKS,
-            int(BLOCK_ROOM * block_ns) + between_ns,
+            0,
+            between_ns,
             late_limit_ns(block_ns),
             expected_ns,
         ),
@@ -265,6 +269,7 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
             1,
             spaced,
             window_ns,
+            between_ns,
             late_limit_ns(expected_ns),
             expected_ns,
         ),
@@ -338,7 +343,7 @@ def summed(ranks: int, dtype: str, salt: int, first: int, count: int) -> Ints:
     return total
 
 
-def fit(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, float]:
+def fit(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, float, float]:
     """Fit time = alpha + beta * size by least squares of the relative error.
 
     Weights 1 / time^2: a time's error grows with it, and unweighted the largest size alone would
@@ -349,8 +354,8 @@ def fit(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, f
         times_s: of one operation at each, s.
 
     Returns:
-        alpha, s; beta, s per byte; and R^2, weighted likewise: 1 - the squared errors / the squared
-        distances from the weighted mean.
+        alpha, s; beta, s per byte; R^2 of that line, 1 - the squared errors / the squared distances
+        from the mean, both unweighted; and the largest error of the line, relative to the time.
     """
     size, time = np.asarray(sizes, np.float64), np.asarray(times_s, np.float64)
     weight = 1 / time**2
@@ -359,6 +364,7 @@ def fit(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, f
         (weight * (size - middle) * (time - mean)).sum() / (weight * (size - middle) ** 2).sum()
     )
     alpha = mean - beta * middle
-    missed = float((weight * (time - alpha - beta * size) ** 2).sum())
-    spread = float((weight * (time - mean) ** 2).sum())
-    return alpha, beta, 1 - missed / spread if spread > 0 else 1.0
+    missed = time - alpha - beta * size
+    spread = float(((time - time.mean()) ** 2).sum())
+    r2 = 1 - float((missed**2).sum()) / spread if spread > 0 else 1.0
+    return alpha, beta, r2, float(np.abs(missed / time).max())

@@ -23,7 +23,7 @@ def pair(
     operation: str, size: int, *, times: int = 10, blocks: int = 4, spaced: int = 20
 ) -> list[Cell]:
     """Return both cells of an operation at a size, whose repetitions may begin 10 us late."""
-    more = (WINDOW_NS, 10_000, 100_000)
+    more = (WINDOW_NS, 0, 10_000, 100_000)
     return [
         Cell(operation, size, size // 4, BACK_TO_BACK, times, blocks, *more),
         Cell(operation, size, size // 4, SPACED, 1, spaced, *more),
