@@ -16,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbench import metrics as m
-from distbench.operations import BACK_TO_BACK, OPERATIONS, Cell, fit, size_text
+from distbench.operations import BACK_TO_BACK, CONFIDENCE, OPERATIONS, Cell, fit, size_text
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
 from distbench.samples import PENDING
 from distbench.steady import memory
 from distbench.student import t_quantile
 
-CONFIDENCE = 0.95
 FIT_FROM = 64 << 10
 """Bytes: below, protocols and buffers change from size to size, and a time is no line in it."""
 LEAST_FIT = 3
@@ -45,6 +44,7 @@ COLUMNS = (
      "times, mean over blocks"),
     ("time_low", "s", "95 %, Student's t over blocks"),
     ("time_high", "s", "likewise"),
+    ("time_median", "s", "the same, median over blocks, which a stalled block does not move"),
     ("algbw", "B/s", "bytes / time"),
     ("busbw", "B/s", "algbw * factor of the operation: what a rank's link must carry"),
     ("device_time", "s", "of an operation, by the event pair around a block, slowest rank, mean"),
@@ -67,9 +67,11 @@ COLUMNS = (
 FIT_COLUMNS = (
     ("operation", "", ""),
     ("sizes", "", f"from {size_text(FIT_FROM)} on"),
-    ("alpha", "s", "of time = alpha + beta * bytes, least squares of the relative error"),
+    ("alpha", "s", "of time_median = alpha + beta * bytes, by least squares"),
+    ("alpha_low", "s", "95 %, Student's t, if the errors of the line are noise"),
+    ("alpha_high", "s", "likewise"),
     ("bandwidth", "B/s", "1 / beta"),
-    ("r2", "", "of that line: 1 - squared errors / squared distances from the mean, unweighted"),
+    ("r2", "", "1 - squared errors / squared distances from the mean"),
     ("worst", "", "largest error of the line at any of these sizes, relative to the time"),
     ("reason", "", "why it is unknown"),
 )
@@ -145,7 +147,7 @@ def back_to_back(found: Seen, cell: Cell, ranks: int) -> dict[str, Any]:
         return out
     mean = float(each.mean())
     bandwidth = cell.bytes / mean
-    out |= {"time": mean, "algbw": bandwidth}
+    out |= {"time": mean, "time_median": float(np.median(each)), "algbw": bandwidth}
     out["busbw"] = bandwidth * OPERATIONS[cell.operation].factor(ranks)
     if n > 1:
         half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * float(each.std(ddof=1)) / math.sqrt(n)
@@ -298,19 +300,22 @@ def fits(rows: Sequence[Row]) -> list[list[Any]]:
                 f"{len(known)} sizes of {size_text(FIT_FROM)} or more are known, and a line that "
                 f"can be wrong takes {LEAST_FIT}"
             )
-            found.append([name, len(known), None, None, None, None, reason])
+            found.append([name, len(known), *[None] * 6, reason])
             continue
-        alpha, beta, r2, worst = fit([e["bytes"] for e in known], [e["time"] for e in known])
+        times = [each["time_median"] for each in known]
+        line = fit([each["bytes"] for each in known], times)
+        alpha, half, beta = line.alpha_s, line.alpha_half_s, line.beta_s
         reason = "" if beta > 0 else "larger sizes took no longer, so there is no bandwidth"
         bandwidth = 1 / beta if beta > 0 else None
-        found.append([name, len(known), alpha, bandwidth, r2, worst, reason])
+        ends = [alpha, alpha - half, alpha + half]
+        found.append([name, len(known), *ends, bandwidth, line.r2, line.worst, reason])
     return found
 
 
 def figures_of(rows: Sequence[Row], lines: Sequence[Sequence[Any]]) -> dict[str, dict[str, Any]]:
     """Return the metrics: of each operation its busbw, latency and fit."""
     out: dict[str, dict[str, Any]] = {}
-    for name, sizes, alpha, bandwidth, r2, _, reason in lines:
+    for name, sizes, alpha, low, high, bandwidth, r2, _, reason in lines:
         own = [row.figures for row in rows if row.figures["operation"] == name]
         large, small = own[-1], own[0]
         n = large["blocks"] or 0
@@ -332,6 +337,14 @@ def figures_of(rows: Sequence[Row], lines: Sequence[Sequence[Any]]) -> dict[str,
         out[f"{name}.latency"] = m.metric(small["p50"], "s", n, text, reason=unknown)
         text = f"of time = alpha + beta * bytes over {sizes} sizes from {size_text(FIT_FROM)} on"
         out[f"{name}.alpha"] = m.metric(alpha, "s", sizes, f"alpha {text}", reason=reason)
+        if alpha is not None:
+            known = f"Student's t over {sizes} sizes"
+            out[f"{name}.alpha"] |= {
+                "ci_low": low,
+                "ci_high": high,
+                "ci_method": known,
+                "reason": "",
+            }
         out[f"{name}.bandwidth"] = m.metric(
             bandwidth, "B/s", sizes, f"1 / beta {text}", reason=reason
         )

@@ -155,7 +155,7 @@ def _bent(lines: Sequence[Sequence[Any]]) -> list[Finding]:
             remedy="read the table in place of the fit; where it should be a line, quiet the hosts "
             "and give a longer --duration",
         )
-        for name, sizes, _, _, r2, worst, _ in lines
+        for name, sizes, _, _, _, _, r2, worst, _ in lines
         if r2 is not None and r2 < GOOD_FIT
     ]
 

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from distbench.cli import nearest
 from distbench.errors import UsageError
+from distbench.student import t_quantile
 
 Ints = NDArray[np.int64]
 
 UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 LARGEST = 1 << 30
 """Bytes: an operation holds up to three buffers of its size on every rank."""
+CONFIDENCE = 0.95
 STEP = 4
 """Between the sizes of a range."""
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
@@ -343,28 +345,45 @@ def summed(ranks: int, dtype: str, salt: int, first: int, count: int) -> Ints:
     return total
 
 
-def fit(sizes: Sequence[int], times_s: Sequence[float]) -> tuple[float, float, float, float]:
-    """Fit time = alpha + beta * size by least squares of the relative error.
+@dataclass(frozen=True)
+class Line:
+    """A line through times.
 
-    Weights 1 / time^2: a time's error grows with it, and unweighted the largest size alone would
-    set the line, alpha included.
+    Attributes:
+        alpha_s: time = alpha + beta * size, s.
+        alpha_half_s: half of alpha's 95 % interval, s.
+        beta_s: s per byte.
+        r2: 1 - the squared errors / the squared distances from the mean.
+        worst: the largest error of the line, relative to the time.
+    """
+
+    alpha_s: float
+    alpha_half_s: float
+    beta_s: float
+    r2: float
+    worst: float
+
+
+def fit(sizes: Sequence[int], times_s: Sequence[float]) -> Line:
+    """Fit time = alpha + beta * size by least squares.
 
     Args:
-        sizes: bytes, two different ones at the least.
+        sizes: bytes, three different ones at the least.
         times_s: of one operation at each, s.
-
-    Returns:
-        alpha, s; beta, s per byte; R^2 of that line, 1 - the squared errors / the squared distances
-        from the mean, both unweighted; and the largest error of the line, relative to the time.
     """
     size, time = np.asarray(sizes, np.float64), np.asarray(times_s, np.float64)
-    weight = 1 / time**2
-    middle, mean = (float((weight * x).sum() / weight.sum()) for x in (size, time))
-    beta = float(
-        (weight * (size - middle) * (time - mean)).sum() / (weight * (size - middle) ** 2).sum()
-    )
-    alpha = mean - beta * middle
+    middle = float(size.mean())
+    spread = float(((size - middle) ** 2).sum())
+    beta = float(((size - middle) * (time - time.mean())).sum()) / spread
+    alpha = float(time.mean()) - beta * middle
     missed = time - alpha - beta * size
-    spread = float(((time - time.mean()) ** 2).sum())
-    r2 = 1 - float((missed**2).sum()) / spread if spread > 0 else 1.0
-    return alpha, beta, r2, float(np.abs(missed / time).max())
+    squares, free = float((missed**2).sum()), len(size) - 2
+    error = math.sqrt(squares / free * (1 / len(size) + middle**2 / spread))
+    total = float(((time - time.mean()) ** 2).sum())
+    return Line(
+        alpha,
+        t_quantile((1 + CONFIDENCE) / 2, free) * error,
+        beta,
+        1 - squares / total if total > 0 else 1.0,
+        float(np.abs(missed / time).max()),
+    )

@@ -90,7 +90,9 @@ def _rate(value: float | None) -> str:
 
 
 def _fits(result: dict[str, Any]) -> list[str]:
-    rows = [["time = alpha + size / bandwidth", "sizes", "alpha", "bandwidth", "R^2", "off by"]]
+    rows = [
+        ["time = alpha + size / bandwidth", "sizes", "alpha", "+-", "bandwidth", "R^2", "off by"]
+    ]
     reasons = []
     for row in _rows(result, "fit"):
         if row["reason"]:
@@ -98,6 +100,7 @@ def _fits(result: dict[str, Any]) -> list[str]:
         if row["r2"] is not None:
             alpha = duration(abs(row["alpha"]))
             line = [row["operation"], str(row["sizes"]), "-" * (row["alpha"] < 0) + alpha]
+            line.append(duration((row["alpha_high"] - row["alpha_low"]) / 2))
             rows.append([*line, _rate(row["bandwidth"]), f"{row['r2']:.4f}", f"{row['worst']:.0%}"])
     return [*(table(rows) if len(rows) > 1 else []), *reasons]
 

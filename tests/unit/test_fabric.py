@@ -70,6 +70,7 @@ def test_the_last_rank_counts_whatever_its_clock_says() -> None:
     mean, spread = 50.75e-6, np.std([50, 50, 53, 50], ddof=1) * 1e-6
     half = t_quantile(0.975, 3) * spread / 2
     assert row["time"] == pytest.approx(mean)
+    assert row["time_median"] == pytest.approx(50e-6)
     assert row["time_low"] == pytest.approx(mean - half)
     assert row["time_high"] == pytest.approx(mean + half)
     assert row["clock_bound"] == pytest.approx(3e-6, rel=0.1), (

@@ -149,19 +149,23 @@ def test_sums_hold_in_the_type_itself() -> None:
 
 def test_a_line_is_found_exactly() -> None:
     sizes = [1 << 16, 1 << 20, 1 << 24]
-    alpha, beta, r2, worst = fit(sizes, [50e-6 + 2e-10 * size for size in sizes])
-    assert alpha == pytest.approx(50e-6, rel=1e-9)
-    assert beta == pytest.approx(2e-10, rel=1e-9)
-    assert (r2, worst) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-9))
+    line = fit(sizes, [50e-6 + 2e-10 * size for size in sizes])
+    assert line.alpha_s == pytest.approx(50e-6, rel=1e-9)
+    assert line.beta_s == pytest.approx(2e-10, rel=1e-9)
+    assert (line.r2, line.worst) == (pytest.approx(1, abs=1e-12), pytest.approx(0, abs=1e-9))
+    assert line.alpha_half_s < 1e-12
 
 
-def test_the_fit_is_that_of_polyfit_on_relative_errors() -> None:
+def test_the_fit_is_that_of_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
     rng = np.random.default_rng(7)
     sizes = np.array([1 << 16, 1 << 18, 1 << 20, 1 << 22, 1 << 24])
     times = (80e-6 + 5e-10 * sizes) * (1 + rng.normal(0, 0.05, 5))
-    alpha, beta, r2, worst = fit(sizes.tolist(), times.tolist())
-    slope, cut = np.polyfit(sizes, times, 1, w=1 / times)
-    assert (alpha, beta) == (pytest.approx(cut, rel=1e-6), pytest.approx(slope, rel=1e-6))
-    missed = times - cut - slope * sizes
-    assert r2 == pytest.approx(1 - (missed**2).sum() / (np.var(times) * 5), rel=1e-6)
-    assert worst == pytest.approx(np.abs(missed / times).max(), rel=1e-4)
+    line, oracle = fit(sizes.tolist(), times.tolist()), stats.linregress(sizes, times)
+    assert line.alpha_s == pytest.approx(oracle.intercept, rel=1e-9)
+    assert line.beta_s == pytest.approx(oracle.slope, rel=1e-9)
+    assert line.r2 == pytest.approx(oracle.rvalue**2, rel=1e-9)
+    half = stats.t.ppf(0.975, 3) * oracle.intercept_stderr
+    assert line.alpha_half_s == pytest.approx(half, rel=1e-9)
+    missed = times - oracle.intercept - oracle.slope * sizes
+    assert line.worst == pytest.approx(np.abs(missed / times).max(), rel=1e-6)
