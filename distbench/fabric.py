@@ -265,10 +265,11 @@ def _row(run: Run, pair: list[tuple[int, Cell]]) -> Row:
         record.rank: _checks(record, [number for number, _ in pair]) for record in run.present
     }
     figures["checked"] = sum(checked for checked, _ in checks.values())
-    figures["wrong"] = sum(wrong for _, wrong in checks.values())
+    wrong = sum(each for _, each in checks.values())
     unchecked = [str(rank) for rank, (checked, _) in checks.items() if not checked]
     if unchecked:
         figures["reason"] = figures["reason"] or f"rank {', '.join(unchecked)} compared nothing"
+    figures["wrong"] = None if unchecked and not wrong else wrong
     return Row(figures, {cell.mode: cell for _, cell in pair}, late.tolist(), checks)
 
 

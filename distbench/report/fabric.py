@@ -52,7 +52,7 @@ def _operations(result: dict[str, Any]) -> list[str]:
         line.append(_of(row["blocks"], row["blocks_late"]))
         line += [duration(row[each]) if row[each] is not None else "-" for each in SPACED_HEADS[:4]]
         line.append(_of(row["repetitions"], row["late"]))
-        line.append("?" if row["checked"] == 0 else f"{row['wrong']:,}")
+        line.append("?" if row["wrong"] is None else f"{row['wrong']:,}")
         named = "-"
         if row["slowest"] is not None:
             named = f"rank {row['slowest']} +{row['slowest_cost'] / row['p50']:.1%}"

@@ -139,6 +139,7 @@ def test_what_was_never_compared_is_unknown() -> None:
     result = judged(pair("all_reduce", SIZE), change=forget)
     assert codes(result) == ["collective-unknown"]
     assert "rank 1 compared nothing" in result["verdict"]["findings"][0]["message"]
+    assert table(result)[0]["wrong"] is None
 
 
 @pytest.mark.parametrize(
