@@ -302,6 +302,30 @@ def test_every_format_and_verify_take_it(tmp_path: Path) -> None:
     assert "### Table: collectives" in (out / "report.md").read_text()
 
 
+def test_the_report_names_the_ways_of_nccl() -> None:
+    def ways(ranks: list[Rank]) -> None:
+        for rank, each in enumerate(ranks):
+            told = each.before["transport"] | {"backend": "nccl", "reason": ""}
+            way = {"source": rank, "target": 1 - rank, "via": "NET/Socket/0", "channels": 2}
+            told["nccl"] = {
+                "version": "2.27.3",
+                "interfaces": "[0]eth0:192.0.2.1<0>",
+                "ways": [way],
+            }
+            each.before["transport"] = told
+        if len(ranks) == 3:
+            ranks[2].before["transport"] |= {"reason": "NCCL's log names no way: it broke"}
+            ranks[2].before["transport"]["nccl"]["ways"] = []
+
+    change = fabric(pair("broadcast", SIZE), even, change=ways)
+    text = in_memory(ranks=3, groups=(1,), change=change).report()
+    lines = [line for line in text.splitlines() if line.startswith("transport")]
+    assert lines == [
+        "transport        rank 0, 1: NCCL 2.27.3: via NET/Socket, interfaces [0]eth0:192.0.2.1<0>",
+        "transport        rank 2: unknown: NCCL's log names no way: it broke",
+    ]
+
+
 def test_launches_are_compared_by_a_named_metric_alone() -> None:
     results = []
     for number in range(4):
