@@ -63,17 +63,19 @@ def timed_loop(
     log: SampleLog,
     rows: range,
     call: Call,
+    blocks: int,
     times: int,
     marks: Marks,
     wait: Callable[[int], Any],
     now: Now,
 ) -> None:
-    """Run a cell's repetitions, each from its own instant: all that stands between two stamps.
+    """Run a cell's repetitions, from their instants: all that stands between two stamps.
 
     Args:
         log: ``scheduled`` of these rows is filled in; a row is a repetition.
         rows: of the cell.
         call: the operation, on its buffers.
+        blocks: repetitions that follow each other from one instant.
         times: operations of a repetition.
         marks: of the device.
         wait: waits for an instant on this rank's clock.
@@ -81,17 +83,19 @@ def timed_loop(
     """
     cells, run, reset, begin, finish = log.cells(), call.run, call.reset, marks.begin, marks.finish
     scheduled, issued, completed = cells["scheduled"], cells["issued"], cells["completed"]
-    for row in rows:
+    device = cells["device"]
+    for first in rows[::blocks]:
         reset()
-        wait(scheduled[row])
-        issued[row] = now()
-        begin()
-        for _ in repeat(None, times):
-            run()
-        finish()
-        completed[row] = now()
-        cells["device"][row] = marks.device_ns()
-        log.ended[0] = row + 1
+        wait(scheduled[first])
+        for row in range(first, first + blocks):
+            issued[row] = now()
+            begin()
+            for _ in repeat(None, times):
+                run()
+            finish()
+            completed[row] = now()
+            device[row] = marks.device_ns()
+            log.ended[0] = row + 1
 
 
 def run_collectives(

@@ -1,8 +1,9 @@
 """What a ``collectives`` run says: bandwidth, latency, correctness, the slowest rank of each cell.
 
-A repetition begins at an instant that all ranks agreed on and ends when the last rank has
-completed, on rank 0's clock. It counts if every rank began on time: others are counted apart and
-left out.
+A lone operation, and the first of several blocks, begins at an instant that all ranks agreed on and
+ends when the last rank has completed, on rank 0's clock. It counts if every rank began on time:
+others are counted apart and left out. A block behind it begins when the last rank has completed the
+one before.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ COLUMNS = (
     ("operation", "", ""),
     ("bytes", "B", "as nccl-tests counts: see docs/method.md"),
     ("times", "", "operations of a block, back to back between two stamps"),
-    ("blocks", "", "that began on time on every rank"),
-    ("blocks_late", "", "left out: a rank began late"),
-    ("time", "s", "of an operation back to back: (last completion on any rank - agreed instant) / "
-     "times, mean over blocks"),
-    ("time_low", "s", "95 %, Student's t over blocks"),
+    ("blocks", "", "that follow each other from one agreed instant"),
+    ("blocks_late", "", "left out: the first one, where a rank began late"),
+    ("time", "s", "of an operation back to back: (last completion of a block on any rank - that of "
+     "the block before, or the agreed instant) / times, mean over blocks"),
+    ("time_low", "s", "95 %, Student's t over blocks, grown by their memory"),
     ("time_high", "s", "likewise"),
     ("time_median", "s", "the same, median over blocks, which a stalled block does not move"),
     ("algbw", "B/s", "bytes / time"),
@@ -82,7 +83,8 @@ class Seen:
     """A cell's repetitions, as all ranks recorded them.
 
     Attributes:
-        late_ns: shape (ranks, repetitions): issued - scheduled, each on its rank's own clock.
+        late_ns: shape (ranks, repetitions): issued - scheduled, each on its rank's own clock; 0 of
+            a block that follows another.
         end_ns: likewise: completed - agreed instant, both on rank 0's clock.
         device_ns: likewise; 0 where it is not known.
         valid: shape (repetitions,): whether all ranks began on time.
@@ -133,6 +135,8 @@ def seen(run: Run, number: int, cell: Cell) -> Seen | str:
         ends.append(model.many_to_reference_ns(rows[:, at["completed"]]) - instant)
         bound_ns = max(bound_ns, model.bound_ns(int(instant[0])), model.bound_ns(int(instant[-1])))
     late = np.stack([rows[:, at["issued"]] - rows[:, at["scheduled"]] for rows in own])
+    if cell.mode == BACK_TO_BACK:
+        late[:, 1:] = 0
     device = np.stack([rows[:, at["device"]] for rows in own])
     valid = np.asarray((late <= cell.late_ns).all(axis=0))
     return Seen(late, np.stack(ends), device, valid, bound_ns)
@@ -140,7 +144,9 @@ def seen(run: Run, number: int, cell: Cell) -> Seen | str:
 
 def back_to_back(found: Seen, cell: Cell, ranks: int) -> dict[str, Any]:
     """Return the figures of the blocks of a cell; empty where none counts."""
-    each = found.latency_ns / cell.times / m.NS
+    # All from one instant: what the last rank took for each is the step from end to end.
+    steps = np.diff(found.end_ns.max(axis=0), prepend=0)[found.valid]
+    each = steps / cell.times / m.NS
     n = len(each)
     out: dict[str, Any] = {"blocks": n, "blocks_late": cell.repetitions - n}
     if n == 0:
@@ -150,7 +156,8 @@ def back_to_back(found: Seen, cell: Cell, ranks: int) -> dict[str, Any]:
     out |= {"time": mean, "time_median": float(np.median(each)), "algbw": bandwidth}
     out["busbw"] = bandwidth * OPERATIONS[cell.operation].factor(ranks)
     if n > 1:
-        half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * float(each.std(ddof=1)) / math.sqrt(n)
+        error = float(each.std(ddof=1)) * math.sqrt((memory(each, 1) if each.std() else 1) / n)
+        half = t_quantile((1 + CONFIDENCE) / 2, n - 1) * error
         out |= {"time_low": max(mean - half, 0.0), "time_high": mean + half}
     device = found.device_ns[:, found.valid]
     if (device > 0).all():

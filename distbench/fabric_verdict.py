@@ -71,11 +71,11 @@ def _unknown(row: Row) -> list[Finding]:
 
 
 def _clocks(row: Row) -> list[Finding]:
-    """Return the finding that a block is too short for what is known of the ranks' clocks."""
+    """Return the finding that blocks are too short for what is known of the ranks' clocks."""
     f = row.figures
     if f["time"] is None:
         return []
-    effect = f["clock_bound"] / (f["time"] * f["times"])
+    effect = f["clock_bound"] / (f["time"] * f["times"] * f["blocks"])
     level = graded(effect)
     if level is None:
         return []
@@ -84,7 +84,7 @@ def _clocks(row: Row) -> list[Finding]:
             level,
             "clock-bound",
             f"the last completion of {f['operation']} of {size_text(f['bytes'])} is known to "
-            f"+-{f['clock_bound'] * 1e6:.3g} us, which is {effect:.1%} of a block",
+            f"+-{f['clock_bound'] * 1e6:.3g} us, which is {effect:.1%} of all blocks",
             value=effect,
             limit=EFFECT_INVALID,
             remedy="measure for longer (--duration), or over a network of shorter round trips",

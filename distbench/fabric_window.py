@@ -170,7 +170,7 @@ def plan(world: World, asked: Asked) -> list[Cell]:
 def took_ns(call: Call, times: int, marks: Marks, now: Now) -> int:
     """Return how long an operation takes so often, ns, untold to any log."""
     log = SampleLog.in_memory(1, COLUMNS)
-    timed_loop(log, range(1), call, times, marks, lambda _instant: None, now)
+    timed_loop(log, range(1), call, 1, times, marks, lambda _instant: None, now)
     return int(log.completed[0] - log.issued[0])
 
 
@@ -197,14 +197,12 @@ def window(world: World, recorder: record.Recorder, cells: Sequence[Cell], dtype
             call.fill(number + 1)
             marks = tensors.marks_of(world, timed=cell.mode == BACK_TO_BACK)
             rows = range(row, row + cell.repetitions)
-            step = cell.repetitions if cell.window_ns else 1
-            for first in rows[::step]:
-                some = range(first, first + step)
-                set_instants(world, log, some, f"cell:{number}:{first}", cell)
-                log.idle[0] = False
-                timed_loop(log, some, call, cell.times, marks, wait, world.now)
-                log.idle[0] = True
-            after["checks"].append([number, *call.check(number + 1, cell.times)])
+            set_instants(world, log, rows, f"cell:{number}", cell)
+            blocks = 1 if cell.window_ns else cell.repetitions
+            log.idle[0] = False
+            timed_loop(log, rows, call, blocks, cell.times, marks, wait, world.now)
+            log.idle[0] = True
+            after["checks"].append([number, *call.check(number + 1, blocks * cell.times)])
             row = rows.stop
         switches_after, delay_after_ns = schedstat()
     recorder.flying = False
@@ -225,7 +223,7 @@ def window(world: World, recorder: record.Recorder, cells: Sequence[Cell], dtype
 
 
 def set_instants(world: World, log: SampleLog, rows: range, place: str, cell: Cell) -> None:
-    """Fill in when each of some repetitions is due, on this rank's clock; all ranks agree."""
+    """Fill in when each of a cell's repetitions is due, on this rank's clock; all ranks agree."""
     span_ns = (len(rows) - 1) * cell.window_ns
     first, last = start.name_instants(world, place, AHEAD_NS + cell.settle_ns, span_ns)
     steps = np.arange(len(rows), dtype=np.int64) * (last - first)
@@ -244,7 +242,9 @@ def loop_cost(now: Now, batches: int = 400, blocks: int = 15) -> dict[str, Any]:
     loops, clocks = [], []
     for _ in range(blocks):
         begin = now()
-        timed_loop(log, range(batches), call, 1, tensors.HostMarks(), lambda _instant: None, now)
+        timed_loop(
+            log, range(batches), call, batches, 1, tensors.HostMarks(), lambda _instant: None, now
+        )
         loops.append(now() - begin)
         begin = now()
         for _ in range(batches):

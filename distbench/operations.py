@@ -33,7 +33,7 @@ WIDEST = 1021
 """Largest modulus of the contents: their period is then far below a buffer's size."""
 BACK_TO_BACK, SPACED = "back_to_back", "spaced"
 
-BLOCKS, LEAST_SPACED, MOST_SPACED = 10, 10, 200
+BLOCKS, LEAST_SPACED, MOST_SPACED = 20, 10, 200
 MOST_TIMES = 20_000
 ROOM = 3.0
 """A lone repetition's window over its expected time, so that one that overran is caught up with."""
@@ -216,10 +216,10 @@ class Cell:
         elements: of a rank's smaller buffer.
         mode: ``BACK_TO_BACK`` or ``SPACED``.
         times: operations of a repetition, one after the other between its two stamps.
-        repetitions: each from an agreed instant of its own.
-        window_ns: from one such instant to the next; 0 where each is named when the repetition
-            before has ended.
-        settle_ns: what a rank needs before it can begin one.
+        repetitions: blocks, of which each follows the one before, or lone operations, each from an
+            agreed instant of its own.
+        window_ns: from one such instant to the next; 0 where blocks have one instant.
+        settle_ns: what a rank needs before it can begin at an instant.
         late_ns: a repetition counts if no rank began later than this after the instant.
         expected_ns: of one operation, by what the slowest rank showed before.
     """

@@ -59,11 +59,11 @@ def _operations(result: dict[str, Any]) -> list[str]:
         shown.append([*line, named])
         before = name
     notes = (
-        "time is of an operation back to back, from an agreed instant to the last completion on "
-        "any rank, mean over blocks, +- half of a 95 % interval; algbw and busbw as nccl-tests has "
-        "them; p50 to max are of single operations, each from an agreed instant of its own; n of "
-        "m: the others began late on a rank and are left out; slowest: a rank that surely ends "
-        "last, and by how much of p50 it is behind all others"
+        "time is of an operation back to back, from one last completion on any rank to the next, "
+        "mean over blocks, +- half of a 95 % interval; algbw and busbw as nccl-tests has them; p50 "
+        "to max are of single operations, each from an agreed instant of its own; n of m: the "
+        "others began late on a rank and are left out; slowest: a rank that surely ends last, and "
+        "by how much of p50 it is behind all others"
     )
     lines = table(shown) + wrapped(notes, 0)
     bounds = [row["clock_bound"] for row in rows if row["clock_bound"]]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from distbench.operations import OPERATIONS, Part
+from distbench.operations import BLOCKS, OPERATIONS, Part
 from distbench.samples import SampleLog
 from distbench.verify import verify
 from tests.support import environment, run_ranks
@@ -56,7 +56,7 @@ def test_every_operation_is_right_and_its_figures_come_from_the_files(tmp_path: 
     for row in rows:
         assert row["wrong"] == 0 and row["checked"] > 0
         assert row["repetitions"] + row["late"] == 12
-        assert row["blocks"] + row["blocks_late"] == 10
+        assert row["blocks"] + row["blocks_late"] == BLOCKS
         if row["time"] is not None:
             assert 1e-6 < row["time"] < 1
             factor = OPERATIONS[row["operation"]].factor(2)
@@ -79,16 +79,15 @@ def _wrong(out: str) -> tuple[dict[str, Any], str]:
         return done
 
     dist.all_reduce = injected
-    # So short that a block is of one all-reduce, whose result is compared as well.
-    options = {"operations": ["all_reduce"], "sizes": [8, 1024], "duration_s": 1e-6}
+    options = {"operations": ["all_reduce"], "sizes": [8, 1024], "duration_s": 0.02}
     return _measured(out, options | {"repetitions": 10})
 
 
 def test_a_wrong_reduction_on_one_rank_is_caught(tmp_path: Path) -> None:
     (result, folder), _ = run_ranks(_wrong, 2, str(tmp_path))
-    assert [row["wrong"] for row in table(result)] == [0, 2]
+    assert [row["wrong"] for row in table(result)] == [0, 1]
     found = [each for each in result["verdict"]["findings"] if each["code"] == "collective-wrong"]
-    assert [(each["level"], each["rank"], each["value"]) for each in found] == [("invalid", 1, 2)]
+    assert [(each["level"], each["rank"], each["value"]) for each in found] == [("invalid", 1, 1)]
     assert result["verdict"]["status"] == "INVALID"
     assert verify(Path(folder)) == (0, [])
 
@@ -277,8 +276,12 @@ class Clock:
 
 
 @pytest.mark.parametrize("timed", [True, False])
-def test_on_a_gpu_a_block_ends_when_its_stream_does(timed: bool) -> None:
-    """Three launches of 1 us from 1 ms on: the device ends 300 us after, and so does the block."""
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_on_a_gpu_a_block_ends_when_its_stream_does(timed: bool, blocks: int) -> None:
+    """Three launches of 1 us from 1 ms on: the device ends 300 us after, and so does the block.
+
+    The second one follows it at once, or waits for its own instant.
+    """
     from distbench.collectives import timed_loop
     from distbench.fabric_window import COLUMNS
     from distbench.tensors import Call, CudaMarks
@@ -288,11 +291,14 @@ def test_on_a_gpu_a_block_ends_when_its_stream_does(timed: bool) -> None:
     log.scheduled[:] = [1_000_000, 2_000_000]
     call = Call(clock.run, clock.reset, lambda _salt: None, lambda _salt, _runs: (0, 0))
     marks = CudaMarks(Cuda(clock), timed=timed)
-    timed_loop(log, range(2), call, 3, marks, clock.wait, clock.now)
-    assert log.issued.tolist() == [1_000_000, 2_000_000]
-    assert log.completed.tolist() == [1_300_000, 2_300_000]
+    timed_loop(log, range(2), call, blocks, 3, marks, clock.wait, clock.now)
+    second = 2_000_000 if blocks == 1 else 1_300_000
+    assert log.issued.tolist() == [1_000_000, second]
+    assert log.completed.tolist() == [1_300_000, second + 300_000]
     assert log.device.tolist() == [300_000 * timed] * 2
-    assert clock.events == ["reset", "wait", "run", "run", "run"] * 2
+    runs = ["run"] * 3
+    wanted = ["reset", "wait", *runs, *(["reset", "wait"] if blocks == 1 else []), *runs]
+    assert clock.events == wanted
     assert log.ended == [2]
 
 
@@ -348,19 +354,19 @@ def test_help_names_the_options_without_torch() -> None:
 
 
 def _killed(out: str) -> None:
-    """Rank 1 dies in the fifth stretch of its window, while rank 0 waits for it in a broadcast."""
+    """Rank 1 dies in the third cell of its window, while rank 0 waits for it in a broadcast."""
     from distbench import fabric_window
 
     true, begun = fabric_window.timed_loop, [0]
 
     def timed_loop(log: SampleLog, *arguments: Any) -> None:
         begun[0] += bool(log._files) and os.environ["RANK"] == "1"
-        if begun[0] == 5:
+        if begun[0] == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         true(log, *arguments)
 
     fabric_window.timed_loop = timed_loop
-    _measured(out, {"operations": ["broadcast"], "sizes": [1024], "duration_s": 0.2})
+    _measured(out, {"operations": ["broadcast"], "sizes": [8, 1024], "duration_s": 0.2})
 
 
 def test_a_rank_killed_in_the_window_is_named_and_the_others_samples_stay(tmp_path: Path) -> None:
@@ -371,7 +377,7 @@ def test_a_rank_killed_in_the_window_is_named_and_the_others_samples_stay(tmp_pa
     assert text.startswith("MEASUREMENT INCOMPLETE")
     assert "rank 1 (" in text and "was lost" in text
     rows = np.load(folder / "ranks" / "00000" / "samples.npy")
-    assert (rows[:, 3] > 0).sum() == 4
+    assert ((rows[:, 3] > 0) == (rows[:, 0] < 2)).all(), "both cells of 8 B, and no other"
     assert verify(folder)[0] == 6
 
 

@@ -25,7 +25,7 @@ def pair(
     """Return both cells of an operation at a size, whose repetitions may begin 10 us late."""
     more = (WINDOW_NS, 0, 10_000, 100_000)
     return [
-        Cell(operation, size, size // 4, BACK_TO_BACK, times, blocks, *more),
+        Cell(operation, size, size // 4, BACK_TO_BACK, times, blocks, 0, *more[1:]),
         Cell(operation, size, size // 4, SPACED, 1, spaced, *more),
     ]
 
@@ -43,8 +43,8 @@ def fabric(
 
     Args:
         cells: its plan.
-        took_ns: from the agreed instant to the completion.
-        late_ns: from the agreed instant to the issue.
+        took_ns: from the agreed instant, or the block before, to the completion.
+        late_ns: from the agreed instant to the issue; of a block that is the first.
         wrong: elements, by (rank, cell).
         device_ns: of every block; 0 for none.
         change: what a test wants otherwise.
@@ -60,11 +60,14 @@ def fabric(
         log = SampleLog.in_memory(sum(cell.repetitions for cell in cells), COLUMNS)
         row = 0
         for number, cell in enumerate(cells):
+            last = START_NS + offset + number * 50_000_000
             for rep in range(cell.repetitions):
                 at = START_NS + offset + number * 50_000_000 + rep * cell.window_ns
+                first = cell.mode == SPACED or rep == 0
+                begin = at if first else last
                 log.index[row], log.scheduled[row], log.count[row] = number, at, 1
-                log.issued[row] = at + late_ns(rank, number, rep)
-                log.completed[row] = at + took_ns(rank, number, rep)
+                log.issued[row] = begin + (late_ns(rank, number, rep) if first else 0)
+                log.completed[row] = last = begin + took_ns(rank, number, rep)
                 log.device[row] = device_ns
                 row += 1
         each.log = log

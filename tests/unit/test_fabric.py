@@ -17,6 +17,7 @@ from distbench.fabric import Seen, slowest
 from distbench.files import read_json
 from distbench.operations import Cell
 from distbench.report import __main__ as report
+from distbench.steady import memory
 from distbench.student import t_quantile
 
 from .fabrics import WINDOW_NS, Times, fabric, noise, pair, table
@@ -67,7 +68,8 @@ def test_the_last_rank_counts_whatever_its_clock_says() -> None:
         return even(rank, cell, rep) + (30 * US if (rank, cell, rep) == (1, 0, 2) else 0)
 
     (row,) = table(judged(pair("broadcast", SIZE), took))
-    mean, spread = 50.75e-6, np.std([50, 50, 53, 50], ddof=1) * 1e-6
+    blocks = np.array([50e-6, 50e-6, 53e-6, 50e-6])
+    mean, spread = 50.75e-6, np.std(blocks, ddof=1) * np.sqrt(memory(blocks, 1))
     half = t_quantile(0.975, 3) * spread / 2
     assert row["time"] == pytest.approx(mean)
     assert row["time_median"] == pytest.approx(50e-6)
@@ -116,19 +118,23 @@ def test_what_is_wrong_is_invalid_and_names_the_rank(tmp_path: Path) -> None:
 
 def test_a_cell_without_a_start_on_time_is_unknown_and_names_who_was_late(tmp_path: Path) -> None:
     cells = pair("all_reduce", SIZE)
-    change = fabric(cells, even, late_ns=lambda rank, cell, _: 50_000 * rank * (cell == 0))
+    change = fabric(cells, even, late_ns=lambda rank, cell, _: 50_000 * rank * (cell == 1))
     folder = make_run(tmp_path / "r", change=change, **SHAPE)
     status, findings = reported(folder)
-    assert (status, [each.code for each in findings]) == ("INVALID", ["collective-unknown"])
+    assert status == "INVALID"
+    assert [each.code for each in findings] == ["collective-unknown", "starts-late"]
     assert "no repetition began on time" in findings[0].message
     (row,) = table(read_json(folder / "result.json"))
-    assert row["time"] is None and row["busbw"] is None and row["p50"] == 80e-6
-    change = fabric(cells, even, late_ns=lambda rank, _, rep: 50_000 * rank * (rep > 0))
+    assert row["p50"] is None and row["max"] is None and row["time"] == pytest.approx(50e-6)
+    change = fabric(cells, even, late_ns=lambda rank, _, rep: 50_000 * rank * (rep != 5))
     status, findings = reported(make_run(tmp_path / "s", report=False, change=change, **SHAPE))
     assert [(each.level, each.code, each.rank) for each in findings] == [
         ("doubtful", "starts-late", 1)
     ]
-    assert "22 of 24 repetitions" in findings[0].message and "22 times" in findings[0].message
+    assert "20 of 24 repetitions" in findings[0].message and "20 times" in findings[0].message
+    (row,) = table(in_memory(change=change, **SHAPE).result())
+    assert (row["blocks"], row["blocks_late"]) == (3, 1), "only the first one begins at an instant"
+    assert row["time"] == pytest.approx(50e-6)
 
 
 def test_what_was_never_compared_is_unknown() -> None:
@@ -143,10 +149,10 @@ def test_what_was_never_compared_is_unknown() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bound_ns", "level"), [(1_000, None), (10_000, "doubtful"), (40_000, "invalid")]
+    ("bound_ns", "level"), [(10_000, None), (40_000, "doubtful"), (120_000, "invalid")]
 )
-def test_a_block_that_clocks_do_not_resolve(bound_ns: int, level: str | None) -> None:
-    """A block of 500 us: 1 % of it are 5 us, 5 % 25 us; 2 us more are for wander."""
+def test_blocks_that_clocks_do_not_resolve(bound_ns: int, level: str | None) -> None:
+    """Four blocks of 500 us: 1 % of them are 20 us, 5 % 100 us; 2 us more are for wander."""
     change = fabric(pair("all_reduce", SIZE), even)
     result = in_memory(bound_ns=(0, bound_ns), change=change, **SHAPE).result()
     found = [(each["level"], each["code"]) for each in result["verdict"]["findings"]]
