@@ -1,9 +1,8 @@
 """What a ``collectives`` run says: bandwidth, latency, correctness, the slowest rank of each cell.
 
-A lone operation, and the first of several blocks, begins at an instant that all ranks agreed on and
-ends when the last rank has completed, on rank 0's clock. It counts if every rank began on time:
-others are counted apart and left out. A block behind it begins when the last rank has completed the
-one before.
+A lone operation begins at an instant that all ranks agreed on and ends when the last rank has
+completed, on rank 0's clock. It counts if every rank began on time: others are counted apart and
+left out. A block begins when the last rank has completed the one before; the first ones only warm.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ COLUMNS = (
     ("operation", "", ""),
     ("bytes", "B", "as nccl-tests counts: see docs/method.md"),
     ("times", "", "operations of a block, back to back between two stamps"),
-    ("blocks", "", "that follow each other from one agreed instant"),
-    ("blocks_late", "", "left out: the first one, where a rank began late"),
+    ("blocks", "", "that follow each other, without those before them that only warm"),
     ("time", "s", "of an operation back to back: (last completion of a block on any rank - that of "
-     "the block before, or the agreed instant) / times, mean over blocks"),
+     "the block before) / times, mean over blocks"),
     ("time_low", "s", "95 %, Student's t over blocks, grown by their memory"),
     ("time_high", "s", "likewise"),
     ("time_median", "s", "the same, median over blocks, which a stalled block does not move"),
@@ -59,7 +57,7 @@ COLUMNS = (
     ("slowest", "", "rank that surely delays the end; none where that may be luck"),
     ("slowest_last", "", "share of repetitions in which it was the last"),
     ("slowest_cost", "s", "its completion - the last one of the others, mean over repetitions"),
-    ("late_rank", "", "rank that began late most often in both modes"),
+    ("late_rank", "", "rank that began lone operations late most often"),
     ("checked", "", "elements compared with what they must be, all ranks"),
     ("wrong", "", "of these, that are something else"),
     ("clock_bound", "s", "by which a rank's completion may be wrong against rank 0's clock"),
@@ -84,10 +82,10 @@ class Seen:
 
     Attributes:
         late_ns: shape (ranks, repetitions): issued - scheduled, each on its rank's own clock; 0 of
-            a block that follows another.
+            blocks, which follow each other.
         end_ns: likewise: completed - agreed instant, both on rank 0's clock.
         device_ns: likewise; 0 where it is not known.
-        valid: shape (repetitions,): whether all ranks began on time.
+        valid: shape (repetitions,): whether all ranks began on time, of a block whether it counts.
         bound_ns: how wrong ``end_ns`` may be.
     """
 
@@ -136,21 +134,19 @@ def seen(run: Run, number: int, cell: Cell) -> Seen | str:
         bound_ns = max(bound_ns, model.bound_ns(int(instant[0])), model.bound_ns(int(instant[-1])))
     late = np.stack([rows[:, at["issued"]] - rows[:, at["scheduled"]] for rows in own])
     if cell.mode == BACK_TO_BACK:
-        late[:, 1:] = 0
+        late[:] = 0
     device = np.stack([rows[:, at["device"]] for rows in own])
-    valid = np.asarray((late <= cell.late_ns).all(axis=0))
-    return Seen(late, np.stack(ends), device, valid, bound_ns)
+    valid = (late <= cell.late_ns).all(axis=0) & (np.arange(cell.repetitions) >= cell.warm)
+    return Seen(late, np.stack(ends), device, np.asarray(valid), bound_ns)
 
 
 def back_to_back(found: Seen, cell: Cell, ranks: int) -> dict[str, Any]:
-    """Return the figures of the blocks of a cell; empty where none counts."""
+    """Return the figures of the blocks of a cell."""
     # All from one instant: what the last rank took for each is the step from end to end.
     steps = np.diff(found.end_ns.max(axis=0), prepend=0)[found.valid]
     each = steps / cell.times / m.NS
     n = len(each)
-    out: dict[str, Any] = {"blocks": n, "blocks_late": cell.repetitions - n}
-    if n == 0:
-        return out
+    out: dict[str, Any] = {"blocks": n}
     mean = float(each.mean())
     bandwidth = cell.bytes / mean
     out |= {"time": mean, "time_median": float(np.median(each)), "algbw": bandwidth}
@@ -224,7 +220,7 @@ class Row:
     Attributes:
         figures: by column of ``tables.collectives``.
         cells: its cells, by mode.
-        late: how often each active rank began late, in both modes.
+        late: how often each active rank began late.
         checks: elements compared, and wrong ones among them, by rank.
     """
 

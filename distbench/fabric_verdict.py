@@ -13,7 +13,7 @@ from distbench.checks import facts_found
 from distbench.errors import where
 from distbench.fabric import COLUMNS, FIT_COLUMNS, LEAST_COST, Row, figures_of, fits, rows_of
 from distbench.findings import EFFECT_INVALID, Finding, graded, status, worst_first
-from distbench.operations import size_text
+from distbench.operations import SPACED, size_text
 from distbench.ruling import table
 from distbench.run import RankRecord, Run
 from distbench.times import RankTimes, makespan
@@ -95,17 +95,15 @@ def _clocks(row: Row) -> list[Finding]:
 def _late(run: Run, row: Row, hosts: dict[int, str]) -> list[Finding]:
     """Return the finding that much of a cell was left out, with the rank that was late most."""
     f = row.figures
-    left = (f["blocks_late"] or 0) + (f["late"] or 0)
-    of = sum(cell.repetitions for cell in row.cells.values())
-    if f["late_rank"] is None or left <= LEFT_OUT * of:
+    rank, left, of = f["late_rank"], f["late"] or 0, row.cells[SPACED].repetitions
+    if rank is None or left <= LEFT_OUT * of:
         return []
-    rank = f["late_rank"]
     return [
         Finding(
             "doubtful",
             "starts-late",
-            f"{left} of {of} repetitions of {f['operation']} of {size_text(f['bytes'])} were left "
-            f"out, because a rank began late: {where(rank, hosts.get(rank, '?'))} "
+            f"{left} of {of} lone operations, {f['operation']} of {size_text(f['bytes'])}, were "
+            f"left out, because a rank began late: {where(rank, hosts.get(rank, '?'))} "
             f"{row.late[run.active.index(rank)]} times",
             rank,
             hosts.get(rank, "?"),

@@ -33,7 +33,10 @@ WIDEST = 1021
 """Largest modulus of the contents: their period is then far below a buffer's size."""
 BACK_TO_BACK, SPACED = "back_to_back", "spaced"
 
-BLOCKS, LEAST_SPACED, MOST_SPACED = 20, 10, 200
+LEAST_BLOCKS, MOST_BLOCKS, WARM_PART = 12, 40, 4
+"""The first one of so many blocks only warms: after the pause before a cell, hosts whose ranks share
+processors with the backend's threads take a hundred ms to find their pace."""
+LEAST_SPACED, MOST_SPACED = 10, 200
 MOST_TIMES = 20_000
 ROOM = 3.0
 """A lone repetition's window over its expected time, so that one that overran is caught up with."""
@@ -218,6 +221,7 @@ class Cell:
         times: operations of a repetition, one after the other between its two stamps.
         repetitions: blocks, of which each follows the one before, or lone operations, each from an
             agreed instant of its own.
+        warm: of the blocks the first ones, which do not count.
         window_ns: from one such instant to the next; 0 where blocks have one instant.
         settle_ns: what a rank needs before it can begin at an instant.
         late_ns: a repetition counts if no rank began later than this after the instant.
@@ -230,6 +234,7 @@ class Cell:
     mode: str
     times: int
     repetitions: int
+    warm: int
     window_ns: int
     settle_ns: int
     late_ns: int
@@ -246,7 +251,8 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
         between_ns: what a rank needs between two repetitions, agreed likewise.
     """
     half_ns, expected_ns = asked.duration_ns / 2, max(expected_ns, 1)
-    times = min(max(int(half_ns / BLOCKS / expected_ns), 1), MOST_TIMES)
+    blocks = min(max(int(half_ns / expected_ns), LEAST_BLOCKS), MOST_BLOCKS)
+    times = min(max(int(half_ns / blocks / expected_ns), 1), MOST_TIMES)
     window_ns = int(ROOM * expected_ns) + between_ns
     spaced = asked.repetitions or min(max(int(half_ns / window_ns), LEAST_SPACED), MOST_SPACED)
     block_ns = times * expected_ns
@@ -257,7 +263,8 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
             part.elements,
             BACK_TO_BACK,
             times,
-            BLOCKS,
+            blocks,
+            blocks // WARM_PART,
             0,
             between_ns,
             late_limit_ns(block_ns),
@@ -270,6 +277,7 @@ def cells_of(part: Part, asked: Asked, expected_ns: int, between_ns: int) -> lis
             SPACED,
             1,
             spaced,
+            0,
             window_ns,
             between_ns,
             late_limit_ns(expected_ns),

@@ -49,7 +49,7 @@ def _operations(result: dict[str, Any]) -> list[str]:
             half = f"{(row['time_high'] - row['time_low']) / 2 / row['time']:.1%}"
         line = [name if name != before else "", size_text(row["bytes"]), duration(row["time"])]
         line += [half, _rate(row["algbw"]), _rate(row["busbw"])]
-        line.append(_of(row["blocks"], row["blocks_late"]))
+        line.append("?" if row["blocks"] is None else str(row["blocks"]))
         line += [duration(row[each]) if row[each] is not None else "-" for each in SPACED_HEADS[:4]]
         line.append(_of(row["repetitions"], row["late"]))
         line.append("?" if row["wrong"] is None else f"{row['wrong']:,}")

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from distbench.errors import UsageError
 from distbench.operations import (
-    BLOCKS,
     EXACT,
     OPERATIONS,
     Asked,
@@ -97,15 +96,15 @@ def test_a_size_is_the_whole_of_what_ranks_share_and_none_is_left_without_an_ele
 
 
 def test_a_plan_by_hand() -> None:
-    """200 ms: 20 blocks of 10 ms, 50 times 200 us; and one lone operation each 600 + 400 us."""
+    """200 ms: 40 blocks of 5 ms, 25 times 200 us; and one lone operation each 600 + 400 us."""
     asked = Asked(("broadcast",), (4096,), duration_ns=400 * MS)
     block, lone = cells_of(Part("broadcast", 4096, 1024), asked, 200_000, 400_000)
-    assert (block.times, block.repetitions, block.window_ns) == (50, BLOCKS, 0)
-    assert block.late_ns == 100_000  # 1 % of 10 ms
+    assert (block.times, block.repetitions, block.warm, block.window_ns) == (25, 40, 10, 0)
+    assert block.late_ns == 50_000  # 1 % of 5 ms
     assert (lone.times, lone.repetitions, lone.window_ns) == (1, 200, 1_000_000)
     assert lone.late_ns == 10_000  # 1 % of 200 us would be below what a clock can be held to
     slow = cells_of(Part("broadcast", 4096, 1024), asked, 500 * MS, 0)
-    assert [(each.times, each.repetitions) for each in slow] == [(1, BLOCKS), (1, 10)]
+    assert [(each.times, each.repetitions) for each in slow] == [(1, 12), (1, 10)]
     more = Asked(("broadcast",), (4096,), repetitions=7)
     assert cells_of(Part("broadcast", 4096, 1024), more, 1000, 0)[1].repetitions == 7
     assert cells_of(Part("broadcast", 4096, 1024), more, 0, 0)[0].times > 1
