@@ -34,8 +34,8 @@ WIDEST = 1021
 BACK_TO_BACK, SPACED = "back_to_back", "spaced"
 
 LEAST_BLOCKS, MOST_BLOCKS, WARM_PART = 12, 40, 4
-"""The first one of so many blocks only warms: after the pause before a cell, hosts whose ranks share
-processors with the backend's threads take a hundred ms to find their pace."""
+"""The first one of so many blocks only warms: after the pause before a cell, a host whose ranks
+share processors with the backend's threads takes a hundred ms to find its pace."""
 LEAST_SPACED, MOST_SPACED = 10, 200
 MOST_TIMES = 20_000
 ROOM = 3.0
