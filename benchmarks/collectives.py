@@ -13,6 +13,7 @@ what noise is.
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -84,14 +85,15 @@ def plain(world: World, operation: str, size: int, times: int) -> float:
 
 def measured(world: World, options: Any) -> tuple[dict[Key, dict[str, Any]], dict[str, float]]:
     """Return distbench's rows by operation and size, and R^2 of each operation's fit."""
-    run = run_collectives(
-        world,
-        operations=options.operations.split(","),
-        sizes=read_sizes(options.sizes),
-        duration_s=options.seconds,
-        output_dir=options.output_dir,
-    )
-    tables = run.result()["tables"]
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_collectives(
+            world,
+            operations=options.operations.split(","),
+            sizes=read_sizes(options.sizes),
+            duration_s=options.seconds,
+            output_dir=folder,
+        )
+        tables = run.result()["tables"]
     found = []
     for name in ("collectives", "fit"):
         names = [each["name"] for each in tables[name]["columns"]]
@@ -107,7 +109,6 @@ def main() -> None:
     made.add_argument("--operations", default=",".join(OPERATIONS), help="which ones (all)")
     made.add_argument("--sizes", default="64KiB..16MiB", help="as distbench takes them")
     made.add_argument("--seconds", type=float, default=0.4, help="for each size (0.4)")
-    made.add_argument("--output-dir", default="results", help="of distbench's results")
     options = made.parse_args()
     ours: dict[Key, list[float]] = {}
     theirs: dict[Key, list[tuple[float, float]]] = {}
