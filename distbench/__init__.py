@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from distbench.collectives import run_collectives
     from distbench.coordinated import run_coordinated
     from distbench.load import Load
     from distbench.multistream import run_multistream
@@ -36,6 +37,7 @@ _HOMES = {
     "World": "distbench.world",
     "join": "distbench.world",
     "load_run": "distbench.windows",
+    "run_collectives": "distbench.collectives",
     "run_coordinated": "distbench.coordinated",
     "run_distributed": "distbench.distributed",
     "run_multistream": "distbench.multistream",
@@ -53,6 +55,7 @@ __all__ = [
     "World",
     "join",
     "load_run",
+    "run_collectives",
     "run_coordinated",
     "run_distributed",
     "run_multistream",

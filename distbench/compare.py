@@ -35,6 +35,7 @@ from distbench.conditions import (
     listed,
 )
 from distbench.errors import EXIT_OK, EXIT_REGRESSION, UsageError
+from distbench.fabric_verdict import SCENARIO as COLLECTIVES
 from distbench.launches import (
     BETTER,
     LEAST,
@@ -144,7 +145,17 @@ def compare(
 
 
 def headline_of(results: Sequence[dict[str, Any]]) -> str:
-    """Return the metric that the scenario of the first result judges."""
+    """Return the metric that the scenario of the first result judges.
+
+    Raises:
+        UsageError: it judges none.
+    """
+    if results[0]["scenario"] == COLLECTIVES:
+        known = [name for name in results[0]["metrics"] if name.endswith(".busbw")]
+        raise UsageError(
+            f"a run of collectives has a figure for each operation: name one with --metric, such "
+            f"as {known[0] if known else 'all_reduce.busbw'}"
+        )
     return scenario(results[0]["scenario"]).headline
 
 

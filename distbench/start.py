@@ -21,6 +21,7 @@ from distbench.times import LATE_NS
 from distbench.waiting import measure_spin_ns, quiet, set_timer_slack, wait_until
 
 if TYPE_CHECKING:
+    from distbench.clock import ClockModel
     from distbench.world import World
 
 __all__ = ["measure_spin_ns", "quiet", "set_timer_slack", "wait_until"]
@@ -128,6 +129,39 @@ def agree_start(world: World, name: str, spin_ns: int, extra_ns: int = 0) -> Sta
             return StartPlan(told["at"], instant, attempt, tuple(rehearsals), told["margin"])
 
 
+def name_instants(world: World, place: str, ahead_ns: int, span_ns: int) -> tuple[int, int]:
+    """Let rank 0 name an instant and another one behind it, without a rehearsal; all ranks call it.
+
+    For many short stretches that follow each other, of which each one records how late it began.
+
+    Args:
+        world: all ranks.
+        place: names the stretch; used once in a run.
+        ahead_ns: how far ahead of now the first instant is.
+        span_ns: from the first to the second one, on rank 0's clock.
+
+    Returns:
+        Both instants on this rank's clock, ns.
+    """
+
+    def answer(_payloads: list[bytes]) -> bytes:
+        models = _models(world)
+        at = world.now() + ahead_ns
+        told = [[model.to_peer_ns(at), model.to_peer_ns(at + span_ns)] for model in models]
+        return json.dumps(told).encode()
+
+    told = json.loads(world.side.meet(place, b"", answer))
+    first, second = told[world.rank]
+    return first, second
+
+
+def _models(world: World) -> list[ClockModel]:
+    """On rank 0: return the clock of every rank."""
+    side = world.side
+    by_leader = {leader: side.model(leader) for leader in (0, *side.leaders())}
+    return [by_leader[side.leader_of(rank)] for rank in range(world.world_size)]
+
+
 def _name_instant(
     world: World, place: str, rehearsals: list[int], extra_ns: int, *, final: bool
 ) -> tuple[int, dict[str, int]]:
@@ -138,8 +172,7 @@ def _name_instant(
         brought = [json.loads(p) for p in payloads]
         late = any(lateness > LATE_NS for lateness, _ in brought)
         margin = MARGIN_NS + max(extra for _, extra in brought)
-        by_leader = {leader: side.model(leader) for leader in (0, *side.leaders())}
-        models = [by_leader[side.leader_of(rank)] for rank in range(world.world_size)]
+        models = _models(world)
         at = world.now() + margin  # named last: fitting many clocks takes a while
         held = bool(rehearsals)
         return json.dumps(

@@ -42,7 +42,7 @@ def measurement_found(
     for record, t in [*zip(run.present, own, strict=True), *((d, None) for d in _driver(run))]:
         found += _interference(record, t, scenario(run.scenario))
     for record in [*run.left, *_driver(run)]:  # a rank without a part may lend its clock to others
-        found += _clock(run, record)
+        found += clock_found(run, record)
     return found + pace_found(pool, times, span, figures)
 
 
@@ -74,7 +74,7 @@ def _trend(record: RankRecord, found: Trend | None) -> list[Finding]:
     ]
 
 
-def _clock(run: Run, record: RankRecord) -> list[Finding]:
+def clock_found(run: Run, record: RankRecord) -> list[Finding]:
     """Return the finding that a clock did what the bounds assume it does not."""
     if record.before["clock"]["leader"] != record.rank or record.rank == 0:
         return []

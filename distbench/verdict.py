@@ -10,6 +10,7 @@ from typing import Any
 from distbench import metrics as m
 from distbench.bounds import bounds_found, bounds_of
 from distbench.checks import facts_found
+from distbench.fabric_verdict import SCENARIO, collectives_result
 from distbench.findings import Finding, status, worst_first
 from distbench.joined import driver_found, driver_section, worker_times
 from distbench.laps import stragglers_found
@@ -33,6 +34,8 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     Returns:
         The JSON-able result, keys in the order of the schema.
     """
+    if run.scenario == SCENARIO:
+        return collectives_result(run)
     pool = pool or in_one_place(run)
     found_of = pool.gather(facts)
     times = [rank_times(run, r, f) for r, f in zip(run.official, found_of, strict=True)]
@@ -69,7 +72,7 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
         },
         "harness": harness(run),
         "tables": tables,
-        "window": _window(run, times, span),
+        "window": window_section(run, times, span),
     }
 
 
@@ -110,7 +113,7 @@ def _unknown(headline: str, reason: str) -> list[Finding]:
     ]
 
 
-def _window(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
+def window_section(run: Run, times: list[RankTimes], span: Makespan) -> dict[str, Any]:
     """Return the ``window`` section: what was run, where, for how long."""
     first = run.first.before
     place = first.get("window") or {"number": None, "planned": None}

@@ -170,7 +170,7 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
         # A collective that broke: the side thread knows in a moment who was lost, and ends.
         if broken and world.side.ending.wait(2.0):
             threading.Event().wait()
-        recorder.save_end(_own_end(world, error))
+        recorder.save_end(own_end(world, error))
         raise
     finally:
         recorder.release()
@@ -205,7 +205,8 @@ def _check_accuracy(
     recorder.after["score"] = score
 
 
-def _own_end(world: World, error: BaseException) -> End:
+def own_end(world: World, error: BaseException) -> End:
+    """Return the end that this rank makes of an error of its own."""
     own = where(world.rank, world.host)
     if isinstance(error, KeyboardInterrupt):
         sentence = f"{own} was interrupted (Ctrl-C) before its run had ended"

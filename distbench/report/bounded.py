@@ -62,3 +62,21 @@ def search_lines(result: dict[str, Any]) -> list[str]:
 
 def _rows(result: dict[str, Any], name: str) -> list[list[Any]]:
     return list(result["tables"].get(name, {}).get("rows", []))
+
+
+def gate_lines(result: dict[str, Any]) -> list[str]:
+    """Return the gates of the rules, a line each; nothing without rules."""
+    rules, lines = result["verdict"]["rules"], []
+    for gate in rules["gates"]:
+        word = "passed" if gate["passed"] else "FAILED"
+        more = f"; {gate['needed']:,} more are needed" if gate["needed"] else ""
+        factor, unit = (
+            (1e3, "ms") if gate["unit"] == "s" and gate["limit"] < 1 else (1, gate["unit"])
+        )
+        value, limit = (f"{gate[each] * factor:,.10g} {unit}" for each in ("value", "limit"))
+        least = gate["name"].startswith(("min_", "early_stopping"))
+        wanted = f"needs {limit} or more" if least else f"at most {limit}"
+        lines.append(f"gate             {gate['name']}: {value}, {wanted}: {word}{more}")
+    if lines and "window" in rules:
+        lines.insert(0, f"gates of window {rules['window']}, which of all windows fares worst")
+    return [*lines, ""] if lines else []

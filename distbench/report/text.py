@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from distbench.report.bounded import bound_lines, peak_lines, search_lines
+from distbench.report.bounded import bound_lines, gate_lines, peak_lines, search_lines
 from distbench.report.central import driver_lines
+from distbench.report.fabric import fabric_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
 from distbench.report.sharding import layout_lines
 from distbench.report.stages import stage_lines
@@ -36,7 +37,19 @@ def to_text(result: dict[str, Any]) -> str:
     Args:
         result: the content of result.json.
     """
-    lines = [_verdict(result), "", _headline(result), ""]
+    if "collectives" in result["tables"]:
+        lines = [_verdict(result), "", *fabric_lines(result)]
+    else:
+        lines = [_verdict(result), "", *_samples(result), *_ranks(result), ""]
+    lines += [*_trust(result), "", *_findings(result)]
+    lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
+    # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
+    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
+
+
+def _samples(result: dict[str, Any]) -> list[str]:
+    """Return what a scenario measured, from headline to gates."""
+    lines = [_headline(result), ""]
     lines += [*peak_lines(result), *efficiency_lines(result), *_throughput(result), ""]
     trail = search_lines(result) or scaling_lines(result) or layout_lines(result)
     until = result["windows"] and not trail
@@ -45,11 +58,7 @@ def to_text(result: dict[str, Any]) -> str:
     lines += [*bound_lines(result), ""] if result["tables"].get("bounds") else []
     lines += [*stage_lines(result), ""] if result["tables"].get("stages") else []
     lines += [*trail, ""] if trail else []
-    lines += [*_accuracy(result), "", *_gates(result)]
-    lines += [*_ranks(result), "", *_trust(result), "", *_findings(result)]
-    lines += ["command  " + result["window"]["command"], "run      " + result["run_id"]]
-    # A sentence of a model may hold what no encoding takes; a report must not be lost to it.
-    return ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace").decode()
+    return [*lines, *_accuracy(result), "", *gate_lines(result)]
 
 
 def _verdict(result: dict[str, Any]) -> str:
@@ -63,24 +72,6 @@ def _verdict(result: dict[str, Any]) -> str:
         name = rules["set"].replace("mlperf-", "MLPerf ")
         word = f"{name} gates: {rules['result']} ({rules['wording']})"
     return "; ".join([f"MEASUREMENT {verdict['status']}; {word}", *notes])
-
-
-def _gates(result: dict[str, Any]) -> list[str]:
-    """Return the gates of the rules, a line each; nothing without rules."""
-    rules, lines = result["verdict"]["rules"], []
-    for gate in rules["gates"]:
-        word = "passed" if gate["passed"] else "FAILED"
-        more = f"; {gate['needed']:,} more are needed" if gate["needed"] else ""
-        factor, unit = (
-            (1e3, "ms") if gate["unit"] == "s" and gate["limit"] < 1 else (1, gate["unit"])
-        )
-        value, limit = (f"{gate[each] * factor:,.10g} {unit}" for each in ("value", "limit"))
-        least = gate["name"].startswith(("min_", "early_stopping"))
-        wanted = f"needs {limit} or more" if least else f"at most {limit}"
-        lines.append(f"gate             {gate['name']}: {value}, {wanted}: {word}{more}")
-    if lines and "window" in rules:
-        lines.insert(0, f"gates of window {rules['window']}, which of all windows fares worst")
-    return [*lines, ""] if lines else []
 
 
 def _headline(result: dict[str, Any]) -> str:

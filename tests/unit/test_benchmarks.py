@@ -163,6 +163,7 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         ((*TORCHRUN, "selection.py", "--samples", "1000", "--rounds", "2"), "2 x 1,000 samples"),
         (("selection.py", "--simulate", "50"), "every value exact"),
         ((*TORCHRUN, "exchange.py", "--rounds", "3"), "the bound held in 3 of 3 exchanges"),
+        ((*TORCHRUN, "collectives.py", "--rounds", "1", "--sizes", "64KiB"), "R^2 of time"),
         (("pacing.py", "--rounds", "2", "--seconds", "0.2"), "echo at 10,000 queries/s"),
         (("peak.py", "--duration", "2s", "--probe", "100ms"), "digits, 2 ranks: time"),
         (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
