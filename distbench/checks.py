@@ -37,6 +37,8 @@ END_REMEDIES = {
     "terminated": "run again; what was measured until then is kept here",
 }
 """What to do about a rank that ended early, by how it ended."""
+PARITY, PARITY_HALF = 1e-3, 2e-2
+"""Difference of logits / largest logit that is rounding; the second in bf16 and fp16."""
 OUTPUTS_DIFFER = 0.01
 """Share of kept outputs that may differ from the accuracy pass: a batch of another size sums in
 another order, which can turn a tie between two classes; a wrong buffer turns most of them."""
@@ -50,7 +52,7 @@ def facts_found(run: Run, times: list[RankTimes]) -> list[Finding]:
         found += _stamps(record, t)
         found += _roofline(record, t)
     for record in run.workers:
-        found += _device(record)
+        found += _device(record) + _parity(record)
     return found + _environments(run) + _accuracy(run)
 
 
@@ -267,6 +269,29 @@ def _device(record: RankRecord) -> list[Finding]:
             )
         )
     return found
+
+
+def _parity(record: RankRecord) -> list[Finding]:
+    """Return the finding that a model which was cut over ranks gives other answers."""
+    layout = record.before.get("layout") or {}
+    error = (layout.get("parity") or {}).get("logit_error")
+    half = record.before["model"].get("dtype") in ("bf16", "fp16")
+    limit = PARITY_HALF if half else PARITY
+    if error is None or error <= limit or layout["stage"] or layout["part"]:
+        return []
+    return [
+        Finding(
+            "invalid",
+            "parity-broken",
+            f"rank {record.rank} ({record.host}): the model as {layout['name']} is off the whole "
+            f"model by {error:.2g} of its largest logit",
+            record.rank,
+            record.host,
+            error,
+            limit,
+            "mend the way in which it is cut: speed at other answers is no speed",
+        )
+    ]
 
 
 def _roofline(record: RankRecord, t: RankTimes) -> list[Finding]:

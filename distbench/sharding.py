@@ -10,6 +10,7 @@ the hosts cancels. Layouts are compared within a round, and intervals are over r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from statistics import fmean
@@ -31,8 +32,12 @@ COLUMNS = (
     ("ci_low", "samples/s", "95 %, Student's t over rounds"),
     ("ci_high", "samples/s", "likewise"),
     ("tokens", "tokens/s", "likewise, mean"),
-    ("ratio", "", "throughput of the first layout / of this one within a round, mean"),
-    ("ratio_low", "", "95 %, Student's t over rounds"),
+    (
+        "ratio",
+        "",
+        "throughput of the first layout / of this one within a round, geometric mean",
+    ),
+    ("ratio_low", "", "95 %, Student's t over rounds, of logarithms"),
     ("ratio_high", "", "likewise"),
     ("foreseen", "samples/s", "by the model's shape, what its layers take and the links give"),
     ("held_by", "", "what it is foreseen to be held by"),
@@ -157,7 +162,11 @@ def _row(
         if n in known and (rate := _value(each, "throughput"))
     ]
     mean = interval(list(known.values())) if known else (None, None, None)
-    ratio = interval(ratios) if ratios and own is not base else (None, None, None)
+    ratio: tuple[float | None, ...] = (None, None, None)
+    if ratios and own is not base:
+        # Of logarithms, so that the ratio the other way round has the inverse of all three.
+        logs = interval([math.log(each) for each in ratios])
+        ratio = tuple(None if each is None else math.exp(each) for each in logs)
     stages = [_stages(each) for each in own.values()]
     most = {key: [row[key] for rows in stages for row in rows] for key in ("memory", "share")}
     sample: dict[str, Any] = next(iter(own.values()), {"metrics": {}})

@@ -1,0 +1,255 @@
+"""One model over ranks: what each rank did in a window, layouts in turn, which one wins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats as oracle
+
+from distbench.record import write_report
+from distbench.report.tables import to_markdown
+from distbench.report.text import to_text
+from distbench.run import Run
+from distbench.sharding import cells_of
+from distbench.verify import verify
+from distbench.windows import load_run
+
+from .synthetic import RUN_ID, Rank, edit_json, in_memory, make_run, mend_hashes
+
+MS = 1_000_000
+SUMS = {
+    "prefills": 3,
+    "decodes": 7,
+    "rows": 25,
+    "work_ns": 400 * MS,
+    "prefill_ns": 100 * MS,
+    "wait_ns": 350 * MS,
+    "tell_ns": 0,
+    "sent_bytes": 2_000,
+    "received_bytes": 3_000,
+    "last_ns": 0,
+}
+
+
+def told(rank: int, pp: int = 2, tp: int = 1, **more: Any) -> dict[str, Any]:
+    """Return what a rank's rank.json says of its place."""
+    return {
+        "name": f"pp{pp}" * (pp > 1) + f"tp{tp}" * (tp > 1),
+        "pp": pp,
+        "tp": tp,
+        "replicas": 2 // (pp * tp),
+        "stage": rank // tp % pp,
+        "part": rank % tp,
+        "lanes": 4 if pp > 1 else 1,
+        "weights_bytes": 600,
+        "whole_bytes": 1_000,
+        "parity": {"logit_error": 0.0},
+        **more,
+    }
+
+
+def staged(ranks: list[Rank], **more: Any) -> None:
+    """Make a rank-0-alone run of two ranks one of a pipeline: rank 1 follows."""
+    for rank, each in enumerate(ranks):
+        assert each.after is not None
+        each.before["layout"] = told(rank, **more)
+        each.before["active_ranks"], each.before["active"] = [0], rank == 0
+        each.before["replica"] = 0
+        each.after["stage"] = {**SUMS, "work_ns": (400 + 200 * rank) * MS}
+
+
+def pipelined(**more: Any) -> Run:
+    """A window of 1 s in which rank 0 worked for 0.4 s and rank 1 for 0.6 s."""
+    return in_memory(groups=(10, 0), change=lambda ranks: staged(ranks, **more))
+
+
+def named(result: dict[str, Any], table: str) -> list[dict[str, Any]]:
+    found = result["tables"][table]
+    names = [each["name"] for each in found["columns"]]
+    return [dict(zip(names, row, strict=True)) for row in found["rows"]]
+
+
+def test_what_each_rank_did() -> None:
+    result = pipelined().result()
+    first, last = named(result, "stages")
+    assert [first[name] for name in ("work", "wait", "rest", "busy")] == pytest.approx(
+        [0.4, 0.35, 0.25, 0.4]
+    )
+    assert [last[name] for name in ("work", "wait", "rest", "busy")] == pytest.approx(
+        [0.6, 0.35, 0.05, 0.6]
+    )
+    assert (first["steps"], first["rows"], first["prefill"]) == (10, 2.5, 0.1)
+    assert (first["sent"], first["send_rate"], first["weights_share"]) == (2000, 2000.0, 0.6)
+    assert result["metrics"]["bubble"]["value"] == pytest.approx(0.5)
+    assert result["metrics"]["bubble.ideal"]["value"] == 0.0
+    assert result["metrics"]["imbalance"]["value"] == pytest.approx(1.2)
+    text = to_text(result)
+    assert "bubble 50.0%, of equal stages at best 0.0%; imbalance 1.2" in text
+    assert "2 ranks on 2 hosts (node-0, node-1)" in text
+    assert to_markdown(result)
+
+
+def test_the_ideal_of_a_one_shot_model_is_another() -> None:
+    found = pipelined(loop="one-shot").result()["metrics"]["bubble.ideal"]
+    assert found["value"] == pytest.approx(1 / 5)
+    assert found["definition"].startswith("(p - 1) / (m + p - 1) of m = 4")
+
+
+def test_parts_have_no_imbalance_of_stages() -> None:
+    result = pipelined(pp=1, tp=2).result()
+    assert "imbalance" not in result["metrics"]
+    assert result["metrics"]["bubble"]["value"] == pytest.approx(0.5)
+
+
+def test_without_one_ranks_sums_nothing_is_made_up() -> None:
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks)
+        assert ranks[1].after is not None
+        del ranks[1].after["stage"]
+
+    result = in_memory(groups=(10, 0), change=change).result()
+    assert result["metrics"]["bubble"]["value"] is None
+    assert result["metrics"]["bubble"]["reason"] == "a rank left nothing of its steps"
+    assert named(result, "stages")[1]["work"] is None
+    assert "bubble unknown: a rank left nothing of its steps" in to_text(result)
+
+
+def test_a_whole_model_has_no_stages() -> None:
+    result = in_memory().result()
+    assert "stages" not in result["tables"]
+    assert "bubble" not in result["metrics"]
+
+
+def test_a_rank_that_follows_is_missed(tmp_path: Path) -> None:
+    """It has no samples, and the window is worth nothing without it all the same."""
+    folder = make_run(tmp_path / RUN_ID, groups=(10, 0), change=staged)
+    (folder / "ranks" / "00001").rename(tmp_path / "gone")
+    result = load_run(folder).result()
+    assert result["verdict"]["status"] == "INCOMPLETE"
+    assert next(each["code"] for each in result["verdict"]["findings"]) == "rank-missing"
+
+
+def test_a_foreign_process_beside_a_rank_that_follows_is_told() -> None:
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks)
+        ranks[1].before["foreign_before"] = [77]
+
+    found = in_memory(groups=(10, 0), change=change).result()["verdict"]["findings"]
+    assert [(each["code"], each["rank"]) for each in found if each["level"] == "invalid"] == [
+        ("foreign-process", 1)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "dtype", "level"),
+    [
+        (1e-3, "fp32", None),
+        (1.1e-3, "fp32", "invalid"),
+        (1e-2, "bf16", None),
+        (0.1, "bf16", "invalid"),
+    ],
+)
+def test_other_answers_than_the_whole_models(error: float, dtype: str, level: str | None) -> None:
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks, parity={"logit_error": error})
+        for each in ranks:
+            each.before["model"]["dtype"] = dtype
+
+    found = in_memory(groups=(10, 0), change=change).result()["verdict"]["findings"]
+    levels = [each["level"] for each in found if each["code"] == "parity-broken"]
+    assert levels == ([level] if level else [])
+
+
+# Layouts in turn
+
+PLAN = {
+    "layouts": ["pp2", "replicas"],
+    "rounds": 2,
+    "told": {"pp2": told(0), "replicas": {"replicas": 2, "lanes": 1}},
+    "foreseen": {
+        "pp2": {"rate": 30.0, "held_by": "the link between stages"},
+        "replicas": {"rate": 90.0, "held_by": "computing"},
+    },
+    "reduces": {"tp2": [[0, "attention", 4, 128.0, 0.002], [1, "feed", 4, 128.0, 0.004]]},
+}
+
+
+def test_every_other_round_runs_in_reverse() -> None:
+    assert cells_of({**PLAN, "rounds": 3}) == [
+        ("pp2", 0), ("replicas", 0), ("replicas", 1), ("pp2", 1), ("pp2", 2), ("replicas", 2)
+    ]  # fmt: skip
+
+
+def compared(folder: Path) -> Path:
+    """Store a run of two layouts: makespans of pp2 1 s and 1.25 s, of the replicas 0.5 s."""
+    folder = folder / RUN_ID
+    for number, (name, each) in enumerate(cells_of(PLAN)):
+        place = {"number": number, "planned": 4, "sharding": {"plan": PLAN}}
+
+        def change(ranks: list[Rank], name: str = name, each: int = each, p: Any = place) -> None:
+            if name == "pp2":
+                staged(ranks)
+            cell = {"layout": name, "round": each}
+            for rank in ranks:
+                rank.before["run_id"] = f"{RUN_ID}-w{p['number']:03d}"
+                rank.before["window"] = {**p, "sharding": {**p["sharding"], "cell": cell}}
+
+        group_ns = 50 * MS
+        if name == "pp2":
+            group_ns = 125 * MS if each else 100 * MS
+        make_run(
+            folder / "windows" / f"{number:03d}",
+            groups=(10, 0) if name == "pp2" else (10, 10),
+            group_ns=(group_ns, group_ns),
+            change=change,
+        )
+    write_report(folder)
+    return folder
+
+
+def test_layouts_are_compared_within_a_round(tmp_path: Path) -> None:
+    """pp2 does 40 and 32 samples/s, the replicas 160: ratios 1/4 and 1/5."""
+    folder = compared(tmp_path)
+    result = load_run(folder).result()
+    pp, replicas = named(result, "layouts")
+    assert (pp["layout"], pp["throughput"], pp["ratio"]) == ("pp2", pytest.approx(36), None)
+    assert (replicas["throughput"], replicas["rounds"]) == (pytest.approx(160), 2)
+    logs = np.log([1 / 4, 1 / 5])
+    assert replicas["ratio"] == pytest.approx((1 / 20) ** 0.5)
+    ends = np.exp(oracle.t.interval(0.95, 1, logs.mean(), oracle.sem(logs)))
+    assert (replicas["ratio_low"], replicas["ratio_high"]) == pytest.approx(ends)
+    assert (pp["foreseen"], pp["held_by"]) == (30.0, "the link between stages")
+    assert pp["bubble"] == pytest.approx((0.5 + 1 - 0.5 / 1.25) / 2)
+    found = result["metrics"]["ratio.replicas"]
+    assert (found["value"], found["ci_low"]) == (replicas["ratio"], replicas["ratio_low"])
+    assert result["metrics"]["throughput"]["value"] == pytest.approx(36)
+    assert result["window"]["samples"] == 80
+    assert verify(folder) == (0, [])
+    text = to_text(result)
+    assert "pp2 loses to replicas: 0.2236 times its throughput" in text
+    assert "foreseen 0.3333" in text
+    assert "pp2 is foreseen to be held by the link between stages" in text
+    assert "tp2: an all-reduce takes 3.00 ms, the longest 4.00 ms after the feed of layer 1" in text
+
+
+def test_a_missing_window_leaves_no_figure(tmp_path: Path) -> None:
+    folder = compared(tmp_path)
+    (folder / "windows" / "002").rename(tmp_path / "gone")
+    result = load_run(folder).result()
+    assert result["verdict"]["status"] == "INCOMPLETE"
+    assert result["metrics"]["throughput"]["value"] is None
+    assert result["metrics"]["ratio.replicas"]["reason"] == "windows are missing"
+
+
+def test_a_window_in_anothers_place_is_no_measurement(tmp_path: Path) -> None:
+    folder = compared(tmp_path)
+    for rank in range(2):
+        path = folder / "windows" / "001" / "ranks" / f"{rank:05d}" / "rank.json"
+        edit_json(path, lambda before: before["window"]["sharding"]["cell"].update(round=1))
+    mend_hashes(folder / "windows" / "001")
+    result = load_run(folder).result()
+    assert result["verdict"]["status"] == "INVALID"
+    assert "sharding-contradicts" in [each["code"] for each in result["verdict"]["findings"]]
