@@ -18,6 +18,7 @@ received. So nothing hangs where a send ends only with its receive, as NCCL's do
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Thread
@@ -189,6 +190,8 @@ class StageRank:
                     return
                 head, x, work = step
                 work.wait()
+                if x.is_cuda:  # it was allocated for the reader's stream
+                    x.record_stream(torch.cuda.current_stream(x.device))
                 self.watch.end_wait(head.numel() * 8 + x.numel() * x.element_size())
                 out = self.run(head, x)
                 if back is not None:
@@ -203,10 +206,14 @@ class StageRank:
         there are lanes.
         """
         above = self.edges.above
+        streams = ExitStack()
         try:
             assert above is not None, "the leader follows nobody"
             if self.device.type == "cuda":
                 torch.cuda.set_device(self.device)
+                # A receive waits for what its stream has to do, which on the computing one would be
+                # every step before it.
+                streams.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
             while True:
                 head = self.header()
                 above.head.begin(head).wait()
@@ -223,6 +230,8 @@ class StageRank:
                 coming.put((head, x, above.body.begin(x)))
         except Exception as error:  # of torch's: the computing thread tells it
             coming.put(error)
+        finally:
+            streams.close()
 
     def stop(self, head: Tensor) -> None:
         """Tell those below that no more steps come."""
