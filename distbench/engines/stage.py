@@ -213,7 +213,8 @@ class StageRank:
                 torch.cuda.set_device(self.device)
                 # A receive waits for what its stream has to do, which on the computing one would be
                 # every step before it.
-                streams.enter_context(torch.cuda.stream(torch.cuda.Stream(self.device)))
+                own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                streams.enter_context(torch.cuda.stream(own))
             while True:
                 head = self.header()
                 above.head.begin(head).wait()
