@@ -299,6 +299,9 @@ def _roofline(record: RankRecord, t: RankTimes) -> list[Finding]:
     per_sample = record.before["model"].get("flops_per_sample")
     words = record.before["device"]["name"].replace("-", " ").split()
     peak = next((PEAK_OPS[word] for word in words if word in PEAK_OPS), None)
+    layout = record.before.get("layout")
+    if peak and layout:  # its samples are the work of a whole replica
+        peak *= layout["pp"] * layout["tp"]
     if not per_sample or not peak or t.finished_ns is None or t.scheduled_ns is None:
         return []
     reached = t.ok * per_sample * 1e9 / max(t.finished_ns - t.scheduled_ns, 1)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +23,12 @@ from distbench.models.one_shots import (
     digits,
     sleep,
 )
-from distbench.models.parity import compare, fits_whole, parity
+from distbench.models.parity import compare, fits_beside, twin
 from distbench.models.speed import measure_speed
 from distbench.parallel import Placed, following, lay_out, measure_links
 from distbench.predict import Link, Work, foresee
+from distbench.readiness import setup_limit_s
+from distbench.record import watched
 from distbench.shards import timed_reduces
 from distbench.sut import run_indices
 
@@ -85,9 +89,14 @@ def build_cuts(settings: Settings, world: World) -> Cuts:
             check_shape(layout, cuts.model.config, lanes, cuts.model.slots)
         else:
             check_one_shot(layout, cuts.model, lanes, cuts.batch_size)
-    for layout in layouts:
-        placed = lay_out(world, layout)
-        cuts.every.append(_build(cuts, placed, lanes_of(layout, asked, _divided(cuts))))
+    with ExitStack() as leaving:  # where a later layout is refused, the others' ranks must leave
+        leaving.callback(cuts.close)
+        for layout in layouts:
+            placed = lay_out(world, layout)
+            lanes = lanes_of(layout, asked, _divided(cuts))
+            with watched(world, setup_limit_s(settings)):
+                cuts.every.append(_build(cuts, placed, lanes))
+        leaving.pop_all()
     return cuts
 
 
@@ -115,33 +124,48 @@ def _divided(cuts: Cuts) -> int:
 
 def _build(cuts: Cuts, placed: Placed, lanes: int) -> Cut:
     """Build one layout, and hold its answers against those of the whole model."""
-    world, model, found = placed.world, cuts.model, dict[str, Any]()
-    cut, whole = placed.layout.degree > 1, True
+    world, model = placed.world, cuts.model
+    found: dict[str, Any] | None = None
+    cut = placed.layout.degree > 1
+    fits = not isinstance(model, DecoderModel) or fits_beside(model, placed)
+    if isinstance(model, DecoderModel) and cut and not min(world.gather_json(fits)):
+        small = twin(model, placed.layout.pp)
+        part = _part(placed, "twin of ", lambda: build_part(small, placed, lanes))
+        with closing(part), following(part, world):
+            found = _compared(placed, lambda: compare(part, small, placed.device))
     if isinstance(model, DecoderModel):
-        whole = min(world.gather_json(fits_whole(model, placed.device)))
-        if cut and not whole:
-            found = parity(model, placed, lanes, lambda part: following(part, world))
-    problem: UsageError | None = None
-    sut: Any = None
-    try:
-        if isinstance(model, DecoderModel):
-            sut = build_part(model, placed, lanes, world.now)
-        else:
-            sut = build_one_shot(model, placed, lanes, cuts.batch_size, world.now)
-    except UsageError as error:
-        problem = error
-    world.check(f"layout {placed.layout.name}", problem)
+        sut = _part(placed, "", lambda: build_part(model, placed, lanes, world.now))
+    else:
+        make = partial(build_one_shot, model, placed, lanes, cuts.batch_size, world.now)
+        sut = _part(placed, "", make)
     cuts.stack.enter_context(following(sut, world))
     cuts.stack.callback(sut.close)
-    if cut and whole and world.leader:
+    if cut and found is None:
         if isinstance(model, DecoderModel):
-            found = compare(sut, model, placed.device)
+            found = _compared(placed, lambda: compare(sut, model, placed.device))
         else:
-            found = compare_one_shot(sut, model, lanes)
-    told = world.gather_json(found)
-    # Ranks that follow have the word of their leader, so that any rank's record tells it.
-    sut.layout["parity"] = told[world.replica * placed.layout.degree] or None
+            found = _compared(placed, lambda: compare_one_shot(sut, model, lanes))
+    sut.layout["parity"] = found or None
     return Cut(placed, sut, lanes)
+
+
+def _part(placed: Placed, what: str, make: Callable[[], Any]) -> Any:
+    """Make this rank's part, or stop all ranks with the sentence of one: before any talks."""
+    problem, sut = None, None
+    try:
+        sut = make()
+    except UsageError as error:
+        problem = error
+    placed.world.check(f"{what}layout {placed.layout.name}", problem)
+    return sut
+
+
+def _compared(placed: Placed, compare_: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Let leaders compare while the others follow; every rank has the word of its leader."""
+    world = placed.world
+    told = world.gather_json(compare_() if world.leader else {})
+    found: dict[str, Any] = told[world.replica * placed.layout.degree]
+    return found
 
 
 def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:

@@ -266,8 +266,13 @@ def own_part(config: NetConfig, begin: int, end: int, tp: int) -> NetConfig:
         tp: parts of a stage.
     """
     attentions = sum(half % 2 == 0 for half in range(begin, end))
-    kept = replace(config, width=config.width // tp, heads=config.heads // tp)
-    return replace(kept, layers=max(attentions, 1), kv_heads=config.kv_heads // tp)
+    return replace(
+        config,
+        width=config.width // tp,
+        layers=max(attentions, 1),
+        heads=config.heads // tp,
+        kv_heads=config.kv_heads // tp,
+    )
 
 
 def own_weights(config: NetConfig, begin: int, end: int, tp: int) -> int:

@@ -219,7 +219,7 @@ def _warm_shapes(
     try:
         with record.watched(world, setup_limit_s(settings)) as tell:
             order = np.arange(sut.resident, dtype=np.int64)
-            for size in sizes:
+            for size in sizes if world.leader else ():
                 warm_up(loop, sut, size, 0, order, world.now, tell)
     except Exception as error:  # likewise
         problem = _failed_warm_up(error)

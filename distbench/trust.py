@@ -39,7 +39,9 @@ def measurement_found(
     if "throughput.steady" in figures:  # under a schedule the pace is that of the queries
         found += settled_found(pool, times, drifts)
     own: list[RankTimes | None] = list(times if run.driver is None else worker_times(run))
-    for record, t in [*zip(run.present, own, strict=True), *((d, None) for d in _driver(run))]:
+    active = set(run.active)
+    others = [r for r in run.workers if r.rank not in active] + _driver(run)
+    for record, t in [*zip(run.present, own, strict=True), *((each, None) for each in others)]:
         found += _interference(record, t, scenario(run.scenario))
     for record in [*run.left, *_driver(run)]:  # a rank without a part may lend its clock to others
         found += clock_found(run, record)

@@ -50,7 +50,10 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     figures, tables = figures | staged, tables | stages
     found += marginal(gates, figures) + bounds_found(bounds_of(first), figures)
     found = worst_first(found)
-    common, rest = common_and_rest([record.before["environment"] for record in run.present])
+    common, rest = common_and_rest([record.before["environment"] for record in run.workers])
+    described = list(zip(run.workers, rest, strict=True))
+    active = set(run.active)
+    followers = [{"rank": r.rank, **own} for r, own in described if r.rank not in active]
     return {
         "schema_version": first["schema_version"],
         "scenario": run.scenario,
@@ -68,8 +71,9 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
         "config": first["config"],
         "environment": {
             "common": common,
-            "ranks": rest,
-        },
+            "ranks": [own for record, own in described if record.rank in active],
+        }
+        | ({"followers": followers} if followers else {}),
         "harness": harness(run),
         "tables": tables,
         "window": window_section(run, times, span),

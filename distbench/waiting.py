@@ -67,6 +67,17 @@ def quiet() -> Iterator[None]:
             gc.enable()
 
 
+def schedstat_of(thread: int, proc: Path = Path("/proc")) -> tuple[int, int]:
+    """Return the same of another thread of this process, by its number in the kernel."""
+    own = proc / "self/task" / str(thread)
+    try:
+        status = (own / "status").read_text()
+        switches = int(status.split("nonvoluntary_ctxt_switches:", 1)[1].split(maxsplit=1)[0])
+        return switches, int((own / "schedstat").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return 0, -1
+
+
 def schedstat(proc: Path = Path("/proc")) -> tuple[int, int]:
     """Return what the scheduler has done to the calling thread so far.
 

@@ -259,8 +259,6 @@ def window(
         # In quiet still: a rank that follows has no loop, and works until its leader ends.
         world.side.meet("window:end")
         recorder.stage = None
-    if watch is not None:
-        recorder.after["stage"] = watch.read()
     if scenario(course.scenario).stream:
         _schedule_is_issue(log)
     recorder.after |= {
@@ -273,6 +271,7 @@ def window(
             "window_ns": ended - (recorder.after["started_ns"] or ended),
         },
     }
+    _close_stage(watch, recorder)
     start.synchronize(world, "after")
     return kept
 
@@ -286,6 +285,14 @@ def _open_stage(
         watch.open(start_ns)
         recorder.stage = None if world.leader else watch
     return watch
+
+
+def _close_stage(watch: Stopwatch | None, recorder: record.Recorder) -> None:
+    """Note what this rank did of a model that is cut over several."""
+    if watch is not None:
+        recorder.after["stage"] = watch.read()
+        if watch.thread is not None:  # its main thread has been resting
+            recorder.after["quiet"] = watch.quiet()
 
 
 def _schedule_is_issue(log: SampleLog) -> None:

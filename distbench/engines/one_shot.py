@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from threading import get_native_id
 from typing import Any
 
 import torch
@@ -89,6 +90,7 @@ class OneShotRank:
         assert above is not None, "the leader follows nobody"
         posted: Any = None
         head = torch.zeros(1, dtype=torch.int64)
+        self.watch.thread = get_native_id()
         with torch.inference_mode():
             while True:
                 above.head.begin(head).wait()

@@ -21,7 +21,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any, Protocol
 
 import torch
@@ -179,6 +179,7 @@ class StageRank:
         back, coming = self.edges.back, SimpleQueue[_Coming | Exception | None]()
         reader = Thread(target=self._read, args=(coming,), name="distbench-steps", daemon=True)
         reader.start()
+        self.watch.thread = get_native_id()
         with torch.inference_mode():
             while True:
                 self.watch.begin_wait()

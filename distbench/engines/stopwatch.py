@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from distbench.clock import Now, now_ns
+from distbench.waiting import schedstat_of
 
 BEHIND = 1024
 """Steps whose events are read at the latest; by then a device is through with them."""
@@ -29,7 +30,10 @@ class Stopwatch:
         steps: computed.
         computing: whether a step is being computed, as far as the host knows.
         sent_bytes: that were sent.
+        thread: that computes, by its number in the kernel; None: the one that runs the loop.
     """
+
+    thread: int | None = None
 
     def __init__(self, device: torch.device, now: Now = now_ns) -> None:
         self.now, self.cuda = now, device.type == "cuda"
@@ -43,6 +47,7 @@ class Stopwatch:
             start_ns: when the window begins: a wait counts from there on.
         """
         self.start_ns = start_ns
+        self._stat = (0, -1) if self.thread is None else schedstat_of(self.thread)
         self.prefills = self.decodes = self.rows = 0
         self.work_ns = self.prefill_ns = self.wait_ns = self.tell_ns = 0
         self.sent_bytes = self.received_bytes = 0
@@ -110,6 +115,17 @@ class Stopwatch:
             "sent_bytes": self.sent_bytes,
             "received_bytes": self.received_bytes,
             "last_ns": self.last_ns,
+        }
+
+    def quiet(self) -> dict[str, int]:
+        """Return what the scheduler did to the computing thread since ``open``, and how long."""
+        assert self.thread is not None, "the loop's own thread is measured by the window"
+        (switches, delay_ns), (before, delay_before_ns) = schedstat_of(self.thread), self._stat
+        known = min(delay_ns, delay_before_ns) >= 0
+        return {
+            "involuntary_switches": switches - before,
+            "run_delay_ns": delay_ns - delay_before_ns if known else -1,
+            "window_ns": self.now() - self.start_ns,
         }
 
     def _harvest(self) -> None:

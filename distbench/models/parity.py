@@ -6,7 +6,6 @@ same shapes; where that does not fit, both a cut and a whole twin of fewer layer
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,7 @@ from distbench.engines.pipeline import PipelineEngine
 from distbench.engines.slot_decoder import USABLE, available_bytes
 from distbench.engines.stage import Edges, StageRank
 from distbench.engines.stopwatch import Stopwatch
-from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
+from distbench.models.decoders import TORCH_DTYPES, DecoderModel
 from distbench.models.tinylm_net import TinyLM, new_cache, slot_bytes
 from distbench.models.tinylm_weights import fill, random_weights
 from distbench.sut import run_indices
@@ -29,11 +28,17 @@ COMPARED = 8
 """Samples that are compared at most."""
 
 
-def fits_whole(model: DecoderModel, device: torch.device) -> bool:
-    """Tell whether weights and caches of the whole model have room on a device now."""
-    size = TORCH_DTYPES[model.dtype].itemsize
-    caches = model.slots * slot_bytes(model.config, model.length, TORCH_DTYPES[model.dtype])
-    return model.config.weights * size + caches < USABLE * available_bytes(device)
+def fits_beside(model: DecoderModel, placed: Placed) -> bool:
+    """Tell whether the whole model has room beside this rank's own part, which is yet to be made.
+
+    On a host without a GPU all its ranks' parts and whole models come out of one memory.
+    """
+    config, dtype, layout = model.config, TORCH_DTYPES[model.dtype], placed.layout
+    whole = config.weights * dtype.itemsize + model.slots * slot_bytes(config, model.length, dtype)
+    needed = whole + whole // layout.degree + config.embedding_weights * dtype.itemsize
+    if placed.device.type == "cpu":
+        needed *= placed.world.local_world_size
+    return needed < USABLE * available_bytes(placed.device)
 
 
 def twin(model: DecoderModel, stages: int) -> DecoderModel:
@@ -86,29 +91,3 @@ def compare(cut: PipelineEngine, model: DecoderModel, device: torch.device) -> d
         "tokens": sum(map(len, written[1])),
         "tokens_equal": same,
     }
-
-
-def parity(
-    model: DecoderModel, placed: Placed, lanes: int, follow: Callable[[Any], Any]
-) -> dict[str, Any]:
-    """Compare by a twin, before the model itself is built; all ranks of a replica call it.
-
-    Args:
-        model: that is too large for one device.
-        placed: where this rank is.
-        lanes: micro-batches.
-        follow: a context in which a rank that follows does so.
-
-    Returns:
-        As ``compare``; nothing on ranks that follow.
-    """
-    small = twin(model, placed.layout.pp)
-    part = build_part(small, placed, lanes)
-    with follow(part):
-        found = {}
-        if isinstance(part, PipelineEngine):
-            try:
-                found = compare(part, small, placed.device)
-            finally:
-                part.close()
-    return found

@@ -145,6 +145,8 @@ def test_all_parts_together_hold_the_whole(pp: int, tp: int) -> None:
 def test_a_part_keeps_its_own_keys_and_values() -> None:
     own = own_part(TRAINED, 1, 4, 2)  # feed-forward, attention, feed-forward
     assert (own.layers, own.kv_heads, own.head_dim) == (1, 1, TRAINED.head_dim)
+    alike = own_part(NetConfig(heads=4, kv_heads=4), 0, 6, 4)  # as many of both kinds of heads
+    assert (alike.layers, alike.heads, alike.kv_heads, alike.head_dim) == (3, 1, 1, 16)
 
 
 def test_lanes_divide_what_they_cut() -> None:

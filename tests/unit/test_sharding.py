@@ -117,6 +117,22 @@ def test_without_one_ranks_sums_nothing_is_made_up() -> None:
     assert "bubble unknown: a rank left nothing of its steps" in to_text(result)
 
 
+def test_a_rank_that_follows_is_described_and_watched() -> None:
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks)
+        ranks[1].before["environment"]["python"] = "3.13.0"
+        assert ranks[1].after is not None
+        quiet = {"involuntary_switches": 9, "run_delay_ns": 200 * MS, "window_ns": 1_000 * MS}
+        ranks[1].after["quiet"] = quiet
+
+    result = in_memory(groups=(10, 0), change=change).result()
+    (other,) = result["environment"]["followers"]
+    assert (other["rank"], other["python"]) == (1, "3.13.0")
+    assert len(result["environment"]["ranks"]) == 1
+    found = [each for each in result["verdict"]["findings"] if each["code"] == "interference"]
+    assert [(each["rank"], each["value"], each["level"]) for each in found] == [(1, 0.2, "invalid")]
+
+
 def test_a_whole_model_has_no_stages() -> None:
     result = in_memory().result()
     assert "stages" not in result["tables"]
@@ -130,6 +146,20 @@ def test_a_rank_that_follows_is_missed(tmp_path: Path) -> None:
     result = load_run(folder).result()
     assert result["verdict"]["status"] == "INCOMPLETE"
     assert next(each["code"] for each in result["verdict"]["findings"]) == "rank-missing"
+
+
+def test_a_replica_may_do_what_no_single_gpu_can() -> None:
+    """40 samples of 1e14 operations in 1 s are 4e15 a second: of two H100 at most 3.958e15."""
+
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks)
+        for each in ranks:
+            each.before["device"]["name"] = "NVIDIA H100 80GB HBM3"
+            each.before["model"]["flops_per_sample"] = flops
+
+    for flops, codes in ((0.98e14, []), (1e14, ["above-roofline"])):
+        found = in_memory(groups=(10, 0), change=change).result()["verdict"]["findings"]
+        assert [each["code"] for each in found if each["level"] == "invalid"] == codes
 
 
 def test_a_foreign_process_beside_a_rank_that_follows_is_told() -> None:
