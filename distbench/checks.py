@@ -39,6 +39,8 @@ END_REMEDIES = {
 """What to do about a rank that ended early, by how it ended."""
 PARITY, PARITY_HALF = 1e-3, 2e-2
 """Difference of logits / largest logit that is rounding; the second in bf16 and fp16."""
+OTHER_TOKENS = 0.2
+"""Share of other tokens in fp32 that rounding may cause: one tie changes all that follows it."""
 OUTPUTS_DIFFER = 0.01
 """Share of kept outputs that may differ from the accuracy pass: a batch of another size sums in
 another order, which can turn a tie between two classes; a wrong buffer turns most of them."""
@@ -274,17 +276,21 @@ def _device(record: RankRecord) -> list[Finding]:
 def _parity(record: RankRecord) -> list[Finding]:
     """Return the finding that a model which was cut over ranks gives other answers."""
     layout = record.before.get("layout") or {}
-    error = (layout.get("parity") or {}).get("logit_error")
+    parity = layout.get("parity") or {}
+    error, tokens = parity.get("logit_error"), parity.get("tokens", 0)
     half = record.before["model"].get("dtype") in ("bf16", "fp16")
     limit = PARITY_HALF if half else PARITY
-    if error is None or error <= limit or layout["stage"] or layout["part"]:
+    if error is None or layout["stage"] or layout["part"]:
+        return []
+    other = 1 - parity["tokens_equal"] / tokens if tokens and not half else 0.0
+    if error <= limit and other <= OTHER_TOKENS:
         return []
     return [
         Finding(
             "invalid",
             "parity-broken",
             f"rank {record.rank} ({record.host}): the model as {layout['name']} is off the whole "
-            f"model by {error:.2g} of its largest logit",
+            f"model by {error:.2g} of its largest logit, and wrote {other:.1%} other tokens",
             record.rank,
             record.host,
             error,

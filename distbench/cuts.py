@@ -9,8 +9,6 @@ from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from distbench.errors import UsageError
 from distbench.layout import check_shape, check_world, lanes_of
 from distbench.models import TOKEN_MODELS, split_model, token_model
@@ -24,13 +22,11 @@ from distbench.models.one_shots import (
     sleep,
 )
 from distbench.models.parity import compare, fits_beside, twin
-from distbench.models.speed import measure_speed
-from distbench.parallel import Placed, following, lay_out, measure_links
-from distbench.predict import Link, Work, foresee
+from distbench.models.speed import time_layers
+from distbench.parallel import Placed, following, lay_out, time_links
 from distbench.readiness import setup_limit_s
 from distbench.record import watched
 from distbench.shards import timed_reduces
-from distbench.sut import run_indices
 
 if TYPE_CHECKING:
     from distbench.settings import Settings
@@ -168,11 +164,16 @@ def _compared(placed: Placed, compare_: Callable[[], dict[str, Any]]) -> dict[st
     return found
 
 
+FORCED = 8
+"""Decode steps whose all-reduces are timed."""
+
+
 def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
     """Time each all-reduce of layouts with parts, apart from any window; all ranks call it.
 
     Returns:
-        Of each layout, by rank 0's replica: layer, what it follows, calls, mean bytes, mean s.
+        Of each layout, by the first replica: layer, what it follows, bytes and ns of each call, in
+        a prefill and some decode steps.
     """
     made: dict[str, list[list[Any]]] = {}
     for cut in cuts.every:
@@ -181,15 +182,14 @@ def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
         with timed_reduces(cut.sut.rank.net) as took:
             world.side.meet("reduces")
             if cut.placed.world.leader:
-                indices = np.arange(min(cut.sut.depth, cut.sut.total), dtype=np.int64)
-                run_indices(cut.sut, indices, 1)
+                prompts = cuts.model.prompts[: cut.sut.rank.slots]  # type: ignore[union-attr]
+                cut.sut.logits(0, prompts, [prompt[:1] * FORCED for prompt in prompts])
             world.side.meet("reduced")
-        rows = []
-        for name, each in took.items():
-            _, layer, kind, *_ = name.split(".")
-            if each:
-                size, took_ns = (fmean(values) for values in zip(*each, strict=True))
-                rows.append([int(layer), kind, len(each), size, took_ns / 1e9])
+        rows = [
+            [int(name.split(".")[1]), name.split(".")[2], *call]
+            for name, calls in took.items()
+            for call in calls
+        ]
         # The first part of each stage of the first replica: of all parts the same.
         firsts = range(0, cut.placed.layout.degree, cut.placed.layout.tp)
         told = world.gather_json(rows)
@@ -197,37 +197,32 @@ def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
     return made
 
 
-def foreseen(cuts: Cuts, world: World) -> dict[str, Any]:
-    """Work out what each layout should do, by rank 0's measurements; all ranks call it.
+def calibrated(cuts: Cuts, world: World) -> dict[str, Any]:
+    """Time layers and links, of which ``predict`` foresees what layouts do; all ranks call it.
 
     Returns:
-        Of token models, by the layout's name; of others nothing.
+        Rank 0's times of token models; of others nothing.
     """
-    model, made = cuts.model, dict[str, Any]()
+    model = cuts.model
     if not isinstance(model, DecoderModel):
         return {}
     rows = [model.slots // cut.lanes for cut in cuts.every]
-    speed = measure_speed(model, rows, cuts.every[0].placed.device, world.now)
-    work = Work(
-        model.config,
-        TORCH_DTYPES[model.dtype].itemsize,
-        fmean(map(len, model.prompts)),
-        float(model.output_lengths.mean()),
-        model.slots,
-    )
-    token = model.config.width * work.item_bytes
-    sizes = (min(rows) * token, round(max(work.prompt, *rows)) * token)
-    for cut in cuts.every:
-        layout, links = cut.placed.layout, (Link(0, 1), Link(0, 1))
-        if layout.degree > 1:
-            links = measure_links(cut.placed, sizes, world.now)
-        told = foresee(layout, cut.lanes, work, speed, *links)
-        step_s = speed.step_s[model.slots // cut.lanes]
-        made[layout.name] = {
-            "rate": world.world_size / layout.degree / told.text_s,
-            "held_by": told.held_by,
-            "links": [asdict(each) for each in links] if layout.degree > 1 else None,
-            "speed": {"step_s": step_s, "prompt_s": speed.prompt_s},
-        }
-    first: dict[str, Any] = world.gather_json(made)[0]
+    prompt, item = fmean(map(len, model.prompts)), TORCH_DTYPES[model.dtype].itemsize
+    token = model.config.width * item
+    sizes = (min(rows) * token, round(max(prompt, *rows)) * token)
+    links = {
+        cut.placed.layout.name: time_links(cut.placed, sizes, world.now)
+        for cut in cuts.every
+        if cut.placed.layout.degree > 1
+    }
+    raw = {
+        "config": asdict(model.config),
+        "item_bytes": item,
+        "prompt": prompt,
+        "output": float(model.output_lengths.mean()),
+        "slots": model.slots,
+        "layers": time_layers(model, rows, cuts.every[0].placed.device, world.now),
+        "links": links,
+    }
+    first: dict[str, Any] = world.gather_json(raw)[0]
     return first

@@ -137,7 +137,7 @@ def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows
         IncompleteError: the result could not be written.
     """
     from distbench import finish, record  # noqa: PLC0415  torch
-    from distbench.cuts import foreseen, reduces  # noqa: PLC0415
+    from distbench.cuts import calibrated, reduces  # noqa: PLC0415
     from distbench.readiness import prepare  # noqa: PLC0415
     from distbench.window import Turn, one_window  # noqa: PLC0415
 
@@ -148,7 +148,7 @@ def measure_distributed(cuts: Cuts, world: World, settings: Settings) -> Windows
         "layouts": list(by_name),
         "rounds": settings.shard.rounds,
         "told": {name: cut.sut.layout for name, cut in by_name.items()},
-        "foreseen": foreseen(cuts, world),
+        "calibration": calibrated(cuts, world),
         "reduces": reduces(cuts, world),
     }
     prepared = {

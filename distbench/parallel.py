@@ -1,7 +1,7 @@
 """Placing a model on ranks: the device mesh, the links between stages, and who follows whom.
 
 ``lay_out`` numbers the replicas and makes the process groups, ``following`` lets a rank work for
-its leader, ``measure_links`` tells what a send and an all-reduce take. What is sent are tensors of
+its leader, ``time_links`` tells what a send and an all-reduce take. What is sent are tensors of
 known shapes: nothing is pickled.
 """
 
@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
-from statistics import median
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,6 @@ from torch import Tensor
 from distbench.clock import Now
 from distbench.engines.stage import Edge, Edges
 from distbench.layout import Layout, check_world
-from distbench.predict import Link
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -255,13 +253,15 @@ def following(sut: Any, world: World) -> Iterator[None]:
         thread.join(LEAVE_S)
 
 
-REPEATS = 9
+REPEATS = 15
 WIDER = 8
 """The larger message that is timed is at least so many times the smaller one."""
 
 
-def measure_links(placed: Placed, sizes: tuple[int, int], now: Now) -> tuple[Link, Link]:
-    """Measure a send between neighbours and an all-reduce, within this rank's replica.
+def time_links(
+    placed: Placed, sizes: tuple[int, int], now: Now
+) -> dict[str, list[tuple[int, list[int]]]]:
+    """Time a send between neighbours, there and back, and an all-reduce, in this rank's replica.
 
     All ranks call it, before any window. Where a layout has no stages, its parts are the
     neighbours, and the other way round.
@@ -273,15 +273,15 @@ def measure_links(placed: Placed, sizes: tuple[int, int], now: Now) -> tuple[Lin
         now: the clock.
 
     Returns:
-        What a send and what an all-reduce take, by this rank's clock.
+        Of "send" and "reduce", for both sizes: bytes, ns of each repeat.
     """
     stages, parts = (placed.mesh[name].get_group() for name in ("pp", "tp"))
     sending = stages if placed.layout.pp > 1 else parts
     reducing = parts if placed.layout.tp > 1 else stages
-    there_and_back = _link(partial(_there_and_back, group=sending), placed, sizes, now)
-    send = Link(there_and_back.latency_s / 2, there_and_back.bytes_per_s * 2)
-    reduce = _link(partial(dist.all_reduce, group=reducing), placed, sizes, now)
-    return send, reduce
+    return {
+        "send": _times(partial(_there_and_back, group=sending), placed, sizes, now),
+        "reduce": _times(partial(dist.all_reduce, group=reducing), placed, sizes, now),
+    }
 
 
 def _there_and_back(tensor: Tensor, group: Any) -> None:
@@ -294,17 +294,17 @@ def _there_and_back(tensor: Tensor, group: Any) -> None:
         dist.send(tensor, group=group, group_dst=0)
 
 
-def _link(once: Callable[[Tensor], Any], placed: Placed, sizes: tuple[int, int], now: Now) -> Link:
-    took = []
-    small, large = sizes[0], max(sizes[1], WIDER * sizes[0])
-    for size in (small, large):
-        tensor, times = torch.zeros(size // 4, device=placed.device), list[float]()
+def _times(
+    once: Callable[[Tensor], Any], placed: Placed, sizes: tuple[int, int], now: Now
+) -> list[tuple[int, list[int]]]:
+    found = []
+    for size in (sizes[0], max(sizes[1], WIDER * sizes[0])):
+        tensor, times = torch.zeros(size // 4, device=placed.device), list[int]()
         for _ in range(REPEATS):
             before = now()
             once(tensor)
             if placed.device.type == "cuda":
                 torch.cuda.synchronize(placed.device)
-            times.append((now() - before) / 1e9)
-        took.append(median(times[2:]))
-    rate = (large - small) / max(took[1] - took[0], 1e-9)
-    return Link(max(took[0] - small / rate, 1e-9), rate)
+            times.append(now() - before)
+        found.append((tensor.numel() * 4, times))
+    return found

@@ -17,8 +17,11 @@ it. Both together: of pp the stage's share as tp has it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 from distbench.layout import Layout, stages
 from distbench.shape import NetConfig
@@ -139,3 +142,82 @@ def largest_share(config: NetConfig, count: int) -> float:
         own += config.embedding_weights * (end == 2 * config.layers)
         total, most = total + own, max(most, own)
     return most / total
+
+
+COLD = 2
+"""First repeats that are left out."""
+Raw = Sequence[Any]
+"""Of one shape or size, what it is and ns of each repeat."""
+
+
+def link_of(raw: Sequence[Raw], ways: int = 1) -> Link:
+    """Return the line through what the smallest and the largest message took.
+
+    Args:
+        raw: (bytes, ns of each repeat) of two sizes.
+        ways: that a repeat goes over the link.
+
+    Returns:
+        Latency alone, with an unlimited rate, where the larger message takes no longer than by the
+        spread of both: no rate is made up of noise.
+    """
+    (small, fast), (large, slow) = ((size, _warm(times)) for size, times in raw)
+    gap = median(slow) - median(fast)
+    spread = sum(median(abs(each - median(times)) for each in times) for times in (fast, slow))
+    if gap <= spread:
+        return Link(max(median(fast), median(slow)) / 1e9 / ways, math.inf)
+    rate = (large - small) / (gap / 1e9) * ways
+    return Link(max(median(fast) / 1e9 / ways - small / rate, 0.0), rate)
+
+
+def speed_of(raw: Mapping[str, Sequence[Raw]], layers: int) -> Speed:
+    """Work out what a whole model takes from networks of one layer and of three.
+
+    What the three take more is two layers, and what the one takes beyond its layer is embedding,
+    head and Python.
+
+    Args:
+        raw: by the number of layers, (texts, tokens of each, ns of each repeat) of the same shapes.
+        layers: of the whole.
+    """
+    steps, prompt_s = dict[int, float](), 0.0
+    for (rows, tokens, short), (_, _, long) in zip(raw["1"], raw["3"], strict=True):
+        one, three = (median(_warm(times)) / 1e9 for times in (short, long))
+        layer = max((three - one) / 2, 0.0)
+        whole = max(one - layer, 0.0) + layers * layer
+        if tokens == 1:
+            steps[rows] = whole
+        else:
+            prompt_s = whole
+    return Speed(steps, prompt_s)
+
+
+def _warm(times: Sequence[int]) -> Sequence[int]:
+    return times[COLD:] or times
+
+
+def foresee_all(
+    raw: Mapping[str, Any], layouts: Mapping[str, tuple[Layout, int]], world_size: int
+) -> dict[str, tuple[float, str]]:
+    """Work out what every layout should do, from what was timed before the windows.
+
+    Args:
+        raw: as ``cuts.calibrated`` left it; empty for a model of which nothing is foreseen.
+        layouts: with their micro-batches, by name.
+        world_size: ranks.
+
+    Returns:
+        Samples/s, and what each is held by.
+    """
+    if not raw:
+        return {}
+    config = NetConfig(**raw["config"])
+    work = Work(config, *(raw[name] for name in ("item_bytes", "prompt", "output", "slots")))
+    speed, none, made = speed_of(raw["layers"], config.layers), Link(0.0, math.inf), {}
+    for name, (layout, lanes) in layouts.items():
+        links = raw["links"].get(name)
+        send = link_of(links["send"], ways=2) if links else none
+        reduce = link_of(links["reduce"]) if links else none
+        told = foresee(layout, lanes, work, speed, send, reduce)
+        made[name] = (world_size / layout.degree / told.text_s, told.held_by)
+    return made

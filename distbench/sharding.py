@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from distbench.findings import Finding, status, worst_first
+from distbench.layout import Layout
 from distbench.metrics import metric
+from distbench.predict import foresee_all
 from distbench.ruling import table
 from distbench.scaling import interval
+from distbench.scenarios import scenario
 from distbench.sums import summed, summed_per_rank, worst_start
 from distbench.windows import absent_found, lifted, line, number
 
@@ -32,32 +35,36 @@ COLUMNS = (
     ("ci_low", "samples/s", "95 %, Student's t over rounds"),
     ("ci_high", "samples/s", "likewise"),
     ("tokens", "tokens/s", "likewise, mean"),
+    ("latency_p50", "s", "mean over rounds; of an open loop alone"),
+    ("latency_p99", "s", "likewise"),
     (
         "ratio",
         "",
-        "throughput of the first layout / of this one within a round, geometric mean",
+        "throughput, of an open loop latency.p99, of the first layout / of this one within a "
+        "round, geometric mean",
     ),
     ("ratio_low", "", "95 %, Student's t over rounds, of logarithms"),
     ("ratio_high", "", "likewise"),
-    ("foreseen", "samples/s", "by the model's shape, what its layers take and the links give"),
+    ("foreseen", "samples/s", "at full load, by shape, layers and links; not of an open loop"),
     ("held_by", "", "what it is foreseen to be held by"),
     ("ttft_p50", "s", "mean over rounds; of an open loop alone"),
     ("tpot_p50", "s", "mean over rounds"),
     ("tpot_p99", "s", "largest over rounds"),
     ("bubble", "", "mean over rounds"),
-    ("memory_peak", "B", "of the rank with the most; of a host's process all layouts together"),
+    ("held", "B", "weights, keys and values of the rank with the most"),
     ("weights_share", "", "of the rank with the most, of the whole model's"),
     ("accuracy", "", ""),
     ("logit_error", "", "against the whole model, largest difference / largest logit"),
+    ("same_tokens", "", "of those that the whole model writes, the share that is written as well"),
 )
 
 REDUCES = (
     ("layout", "", ""),
     ("layer", "", "of the model, from 0"),
     ("follows", "", "what is reduced: attention's or the feed-forward part's output"),
+    ("size", "B", ""),
     ("calls", "", "apart from any window: each is timed alone, and on a GPU stops it"),
-    ("size", "B", "mean"),
-    ("time", "s", "mean, by the first part's clock; waiting for a slower part is in it"),
+    ("time", "s", "median, by the first part's clock; waiting for a slower part is in it"),
 )
 
 
@@ -86,8 +93,9 @@ def sharded(
     whole = not found
     found = worst_first(found + lifted(results))
     first = list(rounds[plan["layouts"][0]].values()) or every
-    rows = [_row(name, rounds, plan) for name in plan["layouts"]]
-    reduced = [[name, *row] for name, each in plan["reduces"].items() for row in each]
+    expected = {} if _open(first[0]) else _foreseen(plan, first[-1]["window"]["world_size"])
+    rows = [_row(name, rounds, plan, expected) for name in plan["layouts"]]
+    reduced = [[name, *row] for name, each in plan["reduces"].items() for row in _reduced(each)]
     return {
         **first[-1],
         "run_id": run_id,
@@ -144,61 +152,104 @@ def _contradictions(
     return []
 
 
+def _open(result: Mapping[str, Any]) -> bool:
+    """Tell whether queries came by a schedule: then all layouts that keep up serve as many."""
+    return scenario(result["scenario"]).open_loop
+
+
+def _foreseen(plan: Mapping[str, Any], world_size: int) -> dict[str, tuple[float, str]]:
+    told = plan["told"]
+    layouts = {
+        name: (Layout(told[name]["pp"], told[name]["tp"]), told[name]["lanes"])
+        for name in plan["layouts"]
+    }
+    return foresee_all(plan["calibration"], layouts, world_size)
+
+
+def _reduced(calls: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    """Return each layer's row, by size, without the first call of each, which is cold."""
+    times: dict[tuple[int, str, int], list[int]] = {}
+    for layer, kind, size, took_ns in calls:
+        times.setdefault((layer, kind, size), []).append(took_ns)
+    return [
+        [*key, len(every), median(every[1:] or every) / 1e9] for key, every in sorted(times.items())
+    ]
+
+
 def _value(result: Mapping[str, Any], name: str) -> float | None:
     found: float | None = result["metrics"].get(name, {}).get("value")
     return found
 
 
 def _row(
-    name: str, rounds: Mapping[str, Mapping[int, dict[str, Any]]], plan: Mapping[str, Any]
+    name: str,
+    rounds: Mapping[str, Mapping[int, dict[str, Any]]],
+    plan: Mapping[str, Any],
+    expected: Mapping[str, tuple[float, str]],
 ) -> list[Any]:
     """Return one layout's row."""
     own, base = rounds[name], rounds[plan["layouts"][0]]
-    foreseen = plan["foreseen"].get(name) or {}
     known = {n: rate for n, each in own.items() if (rate := _value(each, "throughput"))}
-    ratios = [
-        rate / known[n]
-        for n, each in base.items()
-        if n in known and (rate := _value(each, "throughput"))
-    ]
     mean = interval(list(known.values())) if known else (None, None, None)
     ratio: tuple[float | None, ...] = (None, None, None)
-    if ratios and own is not base:
-        # Of logarithms, so that the ratio the other way round has the inverse of all three.
-        logs = interval([math.log(each) for each in ratios])
-        ratio = tuple(None if each is None else math.exp(each) for each in logs)
-    stages = [_stages(each) for each in own.values()]
-    most = {key: [row[key] for rows in stages for row in rows] for key in ("memory", "share")}
-    sample: dict[str, Any] = next(iter(own.values()), {"metrics": {}})
-    told = plan["told"].get(name) or {}
+    if own is not base:
+        ratio = _ratio(base, own)
+    sample: dict[str, Any] = next(iter(own.values()), {"scenario": "offline", "metrics": {}})
+    told = plan["told"][name]
+    parity, held = told.get("parity") or {}, [h for each in own.values() for h in _held(each)]
+    opened = _open(sample)
+    foreseen, held_by = expected.get(name, (None, None))
+    tokens = parity.get("tokens")
     return [
         name,
-        told.get("replicas"),
-        told.get("lanes"),
+        told["replicas"],
+        told["lanes"],
         len(known),
         *mean,
         _mean(own, "throughput.tokens"),
+        _mean(own, "latency.p50") if opened else None,
+        _mean(own, "latency.p99") if opened else None,
         *ratio,
-        foreseen.get("rate"),
-        foreseen.get("held_by"),
+        foreseen,
+        held_by,
         _mean(own, "ttft.p50"),
         _mean(own, "tpot.p50"),
         max(_values(own, "tpot.p99"), default=None),
         _mean(own, "bubble"),
-        max((each for each in most["memory"] if each is not None), default=None),
-        max((each for each in most["share"] if each is not None), default=None),
+        max(held, default=told["weights_bytes"] + told["cache_bytes"]),
+        told["weights_bytes"] / told["whole_bytes"] if told["whole_bytes"] else None,
         _value(sample, "accuracy"),
-        (told.get("parity") or {}).get("logit_error"),
+        parity.get("logit_error"),
+        parity["tokens_equal"] / tokens if tokens else None,
     ]
 
 
-def _stages(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _ratio(
+    base: Mapping[int, dict[str, Any]], own: Mapping[int, dict[str, Any]]
+) -> tuple[float | None, ...]:
+    """Return the ratio of the headlines within rounds, with its interval.
+
+    Of logarithms, so that the ratio the other way round has the inverse of all three.
+    """
+    logs = []
+    for n, each in base.items():
+        headline = "latency.p99" if _open(each) else "throughput"
+        one, other = _value(each, headline), _value(own.get(n, {"metrics": {}}), headline)
+        if one and other:
+            logs.append(math.log(one / other))
+    if not logs:
+        return None, None, None
+    return tuple(None if each is None else math.exp(each) for each in interval(logs))
+
+
+def _held(result: Mapping[str, Any]) -> list[int]:
+    """Return what each rank holds of the model."""
     found = result["tables"].get("stages")
     if found is None:
         return []
     names = [each["name"] for each in found["columns"]]
-    memory, share = names.index("memory_peak"), names.index("weights_share")
-    return [{"memory": row[memory], "share": row[share]} for row in found["rows"]]
+    places = names.index("weights"), names.index("cache")
+    return [sum(row[place] for place in places) for row in found["rows"]]
 
 
 def _values(own: Mapping[int, dict[str, Any]], name: str) -> list[float]:
@@ -213,30 +264,36 @@ def _mean(own: Mapping[int, dict[str, Any]], name: str) -> float | None:
 def _metrics(
     first: Sequence[dict[str, Any]], rows: Sequence[Sequence[Any]], whole: bool
 ) -> dict[str, Any]:
-    """Return the first layout's figures over all its windows, and its lead over the next one."""
+    """Return the first layout's figures over all its windows, and its headline over the others'."""
     named = [dict(zip((n for n, _, _ in COLUMNS), row, strict=True)) for row in rows]
     own, reason = named[0], "" if whole else "windows are missing"
-    samples = sum(each["window"]["samples"] for each in first)
+    samples, rounds = sum(each["window"]["samples"] for each in first), own["rounds"]
+    over = f"of {own['layout']}, mean over {rounds} windows"
+    ends = (own["ci_low"], own["ci_high"])
     out = {
         "throughput": _over_rounds(
-            own["throughput"], (own["ci_low"], own["ci_high"]), "samples/s", samples, own["rounds"],
-            f"of {own['layout']}, mean over {own['rounds']} windows", reason,
+            own["throughput"], ends, "samples/s", samples, rounds, over, reason
         )
-    }  # fmt: skip
+    }
+    headline = "throughput"
+    if _open(first[0]):
+        headline = "latency.p99"
+        values = [value for each in first if (value := _value(each, headline)) is not None]
+        mean, low, high = interval(values) if values else (None, None, None)
+        out[headline] = _over_rounds(mean, (low, high), "s", samples, rounds, over, reason)
     for other in named[1:]:
+        told = f"{headline} of {own['layout']} / of {other['layout']}, within a round"
+        ends, count = (other["ratio_low"], other["ratio_high"]), other["rounds"]
         out[f"ratio.{other['layout']}"] = _over_rounds(
-            other["ratio"], (other["ratio_low"], other["ratio_high"]), "", other["rounds"],
-            other["rounds"],
-            f"throughput of {own['layout']} / of {other['layout']}, within a round", reason,
-        )  # fmt: skip
+            other["ratio"], ends, "", count, count, told, reason
+        )
     last = first[-1]["metrics"]
     kept = ("bubble", "bubble.ideal", "imbalance")
-    peak = dict(first[0]["metrics"]["memory.peak"])
     return {
         **out,
         **{name: last[name] for name in kept if name in last},
         "accuracy": first[0]["metrics"]["accuracy"],
-        "memory.peak": peak,
+        "memory.peak": dict(first[0]["metrics"]["memory.peak"]),
     }
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distbench.clock import now_ns
+from distbench.engines.stopwatch import Stopwatch
 from distbench.models.tinylm_net import TinyLM
 from distbench.models.tinylm_weights import Whole, fill
 from distbench.parallel import Placed
@@ -30,12 +31,18 @@ class Reduced(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.group = group
         self.took: list[tuple[int, int]] | None = None
+        self.watch: Stopwatch | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map shape (..., own columns) to shape (..., rows), the same on every part."""
         out = nn.functional.linear(x, self.weight)
         if self.took is not None:
             return self._timed(out, self.took)
+        if self.watch is not None:  # whoever waits here for another part does not compute
+            self.watch.computing = False
+            dist.all_reduce(out, group=self.group)
+            self.watch.computing = True
+            return out
         dist.all_reduce(out, group=self.group)
         return out
 
@@ -49,6 +56,13 @@ class Reduced(nn.Module):
             torch.cuda.synchronize(out.device)
         took.append((out.numel() * out.element_size(), now_ns() - before))
         return out
+
+
+def watch_reduces(net: nn.Module, watch: Stopwatch) -> None:
+    """Let a rank's stopwatch know when it waits in an all-reduce: others stand still then."""
+    for each in net.modules():
+        if isinstance(each, Reduced):
+            each.watch = watch
 
 
 @contextmanager

@@ -37,7 +37,13 @@ COLUMNS = (
     ("send_rate", "B/s", "sent / makespan"),
     ("weights", "B", "parameters that it holds"),
     ("weights_share", "", "of the whole model's"),
-    ("memory_peak", "B", "of the process, or on a GPU of torch's allocator"),
+    ("cache", "B", "keys and values that it holds"),
+    (
+        "memory_peak",
+        "B",
+        "of the process, or on a GPU of torch's allocator, since it began: all layouts of the run "
+        "and the whole model of the parity check are in it",
+    ),
 )
 
 
@@ -65,7 +71,7 @@ def _row(record: RankRecord, makespan_s: float | None) -> list[Any]:
     head = [record.rank, record.host, record.before["replica"], placed["stage"], placed["part"]]
     whole = placed["whole_bytes"]
     share = placed["weights_bytes"] / whole if whole else None
-    memory = [placed["weights_bytes"], share, after.get("memory_peak_bytes")]
+    memory = [placed["weights_bytes"], share, placed["cache_bytes"], after.get("memory_peak_bytes")]
     if sums is None:
         return [*head, *[None] * 9, *memory]
     steps = sums["prefills"] + sums["decodes"]

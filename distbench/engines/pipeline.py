@@ -17,7 +17,15 @@ from torch import Tensor
 from distbench.clock import Now, now_ns
 from distbench.engines.slot_decoder import ROUND
 from distbench.engines.slots import Decode, Lane, Prefill, Prompts, Step, check_batching
-from distbench.engines.stage import CHECK, DECODE, FIELDS, PREFILL, Posted, StageRank
+from distbench.engines.stage import (
+    CHECK_DECODE,
+    CHECK_PREFILL,
+    DECODE,
+    FIELDS,
+    PREFILL,
+    Posted,
+    StageRank,
+)
 from distbench.sut import Done, First, Indices
 
 
@@ -90,24 +98,43 @@ class PipelineEngine:
         self._resting.append(lane)
         return self._lanes[lane].landed(tokens, self.now())
 
-    def logits(self, prompts: Sequence[bytes]) -> Tensor:
-        """Return what the model makes of some prompts; nothing may be in flight.
+    def logits(self, lane: int, prompts: Sequence[bytes], forced: Sequence[bytes]) -> Tensor:
+        """Return what the model makes of prompts and of given tokens after them, in one lane.
+
+        Nothing may be in flight, and no text in a slot of the lane.
 
         Args:
+            lane: a micro-batch.
             prompts: no more than a lane has slots.
+            forced: after each prompt as many tokens, which are read in place of the model's own.
 
         Returns:
-            Of the token after each, shape (n, vocabulary), float32, in host memory.
+            Of the token after each prompt and after each given token, in host memory, shape
+            (1 + tokens, n, vocabulary), float32.
         """
         with torch.inference_mode():
-            head, x = self._prefill(CHECK, 0, range(len(prompts)), prompts)
-            out = self.rank.run(head, x)
-            back = self.rank.edges.back
-            if back is None:
-                return out.cpu()
-            told = torch.empty(len(prompts), self.rank.net.config.vocabulary)
-            back.begin(told).wait()
-            return told
+            head, x = self._prefill(CHECK_PREFILL, lane, range(len(prompts)), prompts)
+            found = [self._checked(head, x)]
+            at = FIELDS + self.rank.slots
+            for step in range(len(forced[0])):
+                reach = max(map(len, prompts)) + step + 1
+                head = self.rank.header()
+                settings = [CHECK_DECODE, lane, len(prompts), 1, self._rounded(reach)]
+                head[:FIELDS] = torch.tensor(settings)
+                places = [len(prompt) + step for prompt in prompts]
+                head[at : at + len(prompts)] = torch.tensor(places)
+                x = torch.tensor([[each[step]] for each in forced])
+                found.append(self._checked(head, x))
+            return torch.stack(found)
+
+    def _checked(self, head: Tensor, x: Tensor) -> Tensor:
+        """Let a check go round; returns its logits."""
+        out, back = self.rank.run(head, x), self.rank.edges.back
+        if back is None:
+            return out.cpu()
+        told = torch.empty(len(x), self.rank.net.config.vocabulary)
+        back.begin(told).wait()
+        return told
 
     def close(self) -> None:
         """Forget what waits and is being written, and let the other ranks leave ``follow``."""

@@ -30,8 +30,8 @@ from torch import Tensor
 from distbench.engines.stopwatch import Stopwatch
 from distbench.models.tinylm_net import KVCache, TinyLM
 
-STOP, PREFILL, DECODE, CHECK = 0, 1, 2, 3
-"""Kinds of steps; a check is a prefill whose logits come back in place of tokens."""
+STOP, PREFILL, DECODE, CHECK_PREFILL, CHECK_DECODE = range(5)
+"""Kinds of steps; of a check the logits come back in place of tokens."""
 FIELDS = 5
 """Of a header before its slots and positions: kind, lane, rows, length, limit."""
 
@@ -135,11 +135,12 @@ class StageRank:
         """
         kind, lane, rows, length, limit = head[:FIELDS].tolist()
         self._pass_tokens(lane, head, x)
-        self.watch.begin_work(kind != DECODE, rows)
+        prefill, check = kind in (PREFILL, CHECK_PREFILL), kind >= CHECK_PREFILL
+        self.watch.begin_work(prefill, rows)
         slots = numbers = None
         at = head[FIELDS + self.slots : FIELDS + self.slots + rows].to(self.device)
         x = x.to(self.device)
-        if kind != DECODE:
+        if prefill:
             slots = head[FIELDS : FIELDS + rows].to(self.device)
             numbers = at - 1  # of each prompt's last token
             positions = torch.arange(length, device=self.device).expand(rows, length)
@@ -148,7 +149,7 @@ class StageRank:
         out: Tensor = self.net(x, self.caches[lane], positions, slots, limit)
         if self.net.last:
             last = out[:, 0] if numbers is None else out[range(rows), numbers]
-            out = last.float() if kind == CHECK else last.argmax(dim=-1)
+            out = last.float() if check else last.argmax(dim=-1)
         self.watch.end_work()
         if not self.net.last:
             self._pass(lane, head, out)
@@ -196,7 +197,9 @@ class StageRank:
                 self.watch.end_wait(head.numel() * 8 + x.numel() * x.element_size())
                 out = self.run(head, x)
                 if back is not None:
-                    self._post(int(head[1]), back, out.cpu())
+                    self.watch.computing = True  # on a GPU this waits for all that was launched
+                    told = out.cpu()
+                    self._post(int(head[1]), back, told)
                     self.watch.told()
 
     def _read(self, coming: SimpleQueue[_Coming | Exception | None]) -> None:

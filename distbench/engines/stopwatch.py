@@ -96,7 +96,7 @@ class Stopwatch:
 
     def told(self) -> None:
         """The tokens of the last step are on the host and were sent."""
-        end = self.now()
+        end, self.computing = self.now(), False
         self.tell_ns += end - self.last_ns
         self.last_ns = end
 

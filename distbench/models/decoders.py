@@ -165,7 +165,7 @@ def build_part(
     Raises:
         UsageError: the layout does not divide the model, or there is no memory.
     """
-    from distbench.shards import cut  # noqa: PLC0415  only where a model is cut
+    from distbench.shards import cut, watch_reduces  # noqa: PLC0415  only where a model is cut
 
     layout, config = placed.layout, model.config
     check_shape(layout, config, lanes, model.slots)
@@ -176,6 +176,7 @@ def build_part(
     net = cut(config, placed, halves, model.whole, dtype)
     cache = new_cache(own, model.slots, model.length, dtype, placed.device)
     watch = Stopwatch(placed.device, now)
+    watch_reduces(net, watch)
     rank = StageRank(net, cache, lanes, placed.edges, placed.device, watch)
     most = int(model.output_lengths.max())
     sut: Any = Follower(rank, len(model.prompts), model.slots, most)
@@ -188,6 +189,7 @@ def build_part(
         "halves": list(halves),
         "weights_bytes": sum(each.numel() * each.element_size() for each in net.parameters()),
         "whole_bytes": config.weights * dtype.itemsize,
+        "cache_bytes": model.slots * slot_bytes(own, model.length, dtype),
     }
     _describe(sut, model)
     return sut  # type: ignore[no-any-return]

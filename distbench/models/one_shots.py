@@ -214,6 +214,7 @@ def build_one_shot(
         "loop": "one-shot",
         "weights_bytes": 4 * held,
         "whole_bytes": 4 * model.weights,
+        "cache_bytes": 0,
     }
     sut.digest, sut.dtype = model.digest, "fp32"
     for name, value in model.scored.items():

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from distbench.parallel import Placed
 
 COMPARED = 8
-"""Samples that are compared at most."""
+"""Samples that are compared at most, of each lane."""
+FORCED = 4
+"""Decode steps of each whose logits are compared."""
 
 
 def fits_beside(model: DecoderModel, placed: Placed) -> bool:
@@ -69,25 +71,33 @@ def whole_engine(model: DecoderModel, device: torch.device, lanes: int) -> Pipel
 def compare(cut: PipelineEngine, model: DecoderModel, device: torch.device) -> dict[str, Any]:
     """Compare a cut model with the whole one; the leader calls it, and the others follow.
 
+    Logits in every lane, after prompts and at decode steps whose tokens are given to both; and what
+    both write by themselves, which after a first other token may differ in all that follow.
+
     Args:
         cut: the leader's engine, nothing in flight.
         model: what it computes.
         device: of the leader.
 
     Returns:
-        Largest difference of logits / largest logit, of prompts; tokens that were compared, and how
-        many were the same.
+        Largest difference of logits / largest logit; tokens that were compared, and how many were
+        the same.
     """
-    lanes = cut.rank.lanes
+    lanes, rows = cut.rank.lanes, min(COMPARED, cut.rank.slots)
     whole = whole_engine(model, device, lanes)
-    prompts = model.prompts[: min(COMPARED, cut.rank.slots)]
-    ours, theirs = cut.logits(prompts), whole.logits(prompts)
+    steps = min(FORCED, model.length - max(map(len, model.prompts)), len(min(model.prompts)))
+    error = 0.0
+    for lane in range(lanes):
+        chosen = [model.prompts[(lane * rows + row) % len(model.prompts)] for row in range(rows)]
+        forced = [prompt[:steps] for prompt in chosen]
+        ours, theirs = (each.logits(lane, chosen, forced) for each in (cut, whole))
+        error = max(error, float((ours - theirs).abs().max() / theirs.abs().max()))
     indices = np.arange(min(COMPARED, cut.depth), dtype=np.int64)
     written = [run_indices(each, indices, 1) for each in (cut, whole)]
     same = sum(int((a == b).sum()) for a, b in zip(*written, strict=True))
     return {
         "layers": model.config.layers,
-        "logit_error": float((ours - theirs).abs().max() / theirs.abs().max()),
+        "logit_error": error,
         "tokens": sum(map(len, written[1])),
         "tokens_equal": same,
     }

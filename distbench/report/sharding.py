@@ -14,72 +14,96 @@ def layout_lines(result: dict[str, Any]) -> list[str]:
         return []
     names = [each["name"] for each in found["columns"]]
     rows = [dict(zip(names, row, strict=True)) for row in found["rows"]]
-    heads = ("layouts", "replicas", "samples/s", "95 % from", "to", "tokens/s", "foreseen")
-    shown = [[*heads, "tpot p50", "p99", "bubble", "memory peak", "weights", "logits off"]]
+    opened = any(row["latency_p99"] is not None for row in rows)
+    shown = [["layouts", "replicas", *(OPEN if opened else DRAINED).values()]]
+    shown[0] += ["tpot p50", "p99", "bubble", "held", "weights", "logits off", "same tokens"]
     for row in rows:
         shown.append(
             [
                 row["layout"],
                 str(row["replicas"]),
-                *(_rate(row[name]) for name in RATES),
-                *("-" if row[name] is None else duration(row[name]) for name in TIMES),
-                "-" if row["bubble"] is None else f"{row['bubble']:.1%}",
-                "?" if row["memory_peak"] is None else size(row["memory_peak"]),
-                "-" if row["weights_share"] is None else f"{row['weights_share']:.1%}",
+                *(_figure(name, row[name]) for name in (OPEN if opened else DRAINED)),
+                *(_figure(name, row[name]) for name in ("tpot_p50", "tpot_p99")),
+                *(_share(row[name]) for name in ("bubble",)),
+                size(row["held"]),
+                _share(row["weights_share"]),
                 "-" if row["logit_error"] is None else f"{row['logit_error']:.1e}",
+                _share(row["same_tokens"]),
             ]
         )
     return [
         *table(shown),
-        *_winner(rows),
+        *_winner(rows, opened),
         *_reduces(result),
         "each window has a report of its own under windows/",
     ]
 
 
+DRAINED = {
+    "throughput": "samples/s",
+    "ci_low": "95 % from",
+    "ci_high": "to",
+    "tokens": "tokens/s",
+    "foreseen": "foreseen",
+}
+OPEN = {
+    "throughput": "samples/s",
+    "latency_p50": "latency p50",
+    "latency_p99": "p99",
+    "ttft_p50": "ttft p50",
+}
+"""Columns of Offline, and of Server."""
+
+
+def _figure(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    times = name.startswith(("latency", "ttft", "tpot"))
+    return duration(value) if times else rounded(value, 5)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
 def _reduces(result: dict[str, Any]) -> list[str]:
-    """Return a line for each layout with all-reduces: what one takes, and the longest of them."""
-    told: dict[str, list[tuple[float, int, str]]] = {}
-    for layout, layer, kind, _, _, time_s in result["tables"]["all_reduces"]["rows"]:
-        told.setdefault(layout, []).append((time_s, layer, kind))
+    """Return a line for each layout with all-reduces and each size: what one takes."""
+    told: dict[tuple[str, int], list[tuple[float, int, str]]] = {}
+    for layout, layer, kind, size_bytes, _, time_s in result["tables"]["all_reduces"]["rows"]:
+        told.setdefault((layout, size_bytes), []).append((time_s, layer, kind))
     lines = []
-    for layout, every in told.items():
+    for (layout, size_bytes), every in told.items():
         mean, (most, layer, kind) = sum(row[0] for row in every) / len(every), max(every)
         lines.append(
-            f"  {layout}: an all-reduce takes {duration(mean)}, the longest {duration(most)} after "
-            f"the {kind} of layer {layer}, timed apart from the windows"
+            f"  {layout}: an all-reduce of {size_bytes:,} B takes {duration(mean)}, the longest "
+            f"{duration(most)} after the {kind} of layer {layer}, timed apart from the windows"
         )
     return lines
 
 
-RATES = ("throughput", "ci_low", "ci_high", "tokens", "foreseen")
-TIMES = ("tpot_p50", "tpot_p99")
+def _winner(rows: list[dict[str, Any]], opened: bool) -> list[str]:
+    """Say how the first layout fares against the others, and what holds each of them.
 
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else rounded(value, 5)
-
-
-def _winner(rows: list[dict[str, Any]]) -> list[str]:
-    """Say how the first layout fares against the others, and what holds each of them."""
+    Args:
+        rows: of the layouts.
+        opened: whether they are compared by a latency, of which less is more.
+    """
     first, lines = rows[0], []
+    what = "p99 of latency" if opened else "throughput"
     for row in rows[1:]:
-        if row["ratio"] is None:
+        if row["ratio"] is None or row["ratio_low"] is None:
             lines.append(f"{first['layout']} against {row['layout']}: unknown")
             continue
-        known = "no interval of one round"
-        word = "and"
-        if row["ratio_low"] is not None:
-            known = f"95 % {row['ratio_low']:.4g} to {row['ratio_high']:.4g}"
-            word = "wins over" if row["ratio_low"] > 1 else "loses to"
-            if row["ratio_low"] <= 1 <= row["ratio_high"]:
-                word = "is not told apart from"
+        low, high = row["ratio_low"], row["ratio_high"]
+        word = "is not told apart from"
+        if not low <= 1 <= high:
+            word = "wins over" if (low > 1) != opened else "loses to"
         expected = ""
         if first["foreseen"] and row["foreseen"]:
             expected = f", foreseen {first['foreseen'] / row['foreseen']:.4g}"
         lines.append(
-            f"{first['layout']} {word} {row['layout']}: {row['ratio']:.4g} times its throughput "
-            f"({known}{expected})"
+            f"{first['layout']} {word} {row['layout']}: {row['ratio']:.4g} times its {what} "
+            f"(95 % {low:.4g} to {high:.4g}{expected})"
         )
     lines += [
         f"  {row['layout']} is foreseen to be held by {row['held_by']}"

@@ -16,7 +16,7 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
     rows, note = shown_rows(found["rows"], lambda row: -(row[names.index("busy")] or 0.0))
     shown = [
         [*("stages", "host", "stage", "part", "steps", "texts", "work", "wait", "rest"),
-         *("busy", "sent", "weights", "memory peak")]
+         *("busy", "sent", "weights", "cache", "memory peak")]
     ]  # fmt: skip
     for each in rows:
         row = dict(zip(names, each, strict=True))
@@ -33,6 +33,7 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
                 "?" if row["send_rate"] is None else f"{size(row['send_rate'])}/s",
                 size(row["weights"])
                 + (f" ({row['weights_share']:.1%})" if row["weights_share"] else ""),
+                size(row["cache"]),
                 "?" if row["memory_peak"] is None else size(row["memory_peak"]),
             ]
         )

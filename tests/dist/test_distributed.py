@@ -149,6 +149,30 @@ def held_by(layout: str, model: str) -> int:
         return sum(each.numel() for each in part.rank.net.parameters())
 
 
+def garbled(folder: str) -> dict[str, Any]:
+    """On each rank: a pipeline whose last stage decodes from noise, though it reads prompts well."""
+    import torch
+
+    from distbench.engines.stage import StageRank
+
+    run = StageRank.run
+
+    def noisy(self: StageRank, head: Any, x: Any) -> Any:
+        if self.edges.above is not None and x.shape[1] == 1:
+            x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+        return run(self, head, x)
+
+    StageRank.run = noisy  # type: ignore[method-assign]
+    return measured(["pp2"], LLAMA, folder)
+
+
+def test_decoding_of_noise_breaks_parity(tmp_path: Path) -> None:
+    result = run_ranks(garbled, 2, str(tmp_path))[0]
+    found = [e for e in result["verdict"]["findings"] if e["code"] == "parity-broken"]
+    assert len(found) == 1
+    assert result["verdict"]["status"] == "INVALID"
+
+
 def served(folder: str) -> dict[str, Any]:
     """On each rank: a pipeline under Server."""
     from distbench.load import Load

@@ -169,16 +169,17 @@ def test_texts_are_spread_over_the_lanes(small: DecoderModel) -> None:
 
 def test_a_check_gives_the_logits_of_the_whole_network(small: DecoderModel) -> None:
     engine, _, _ = pipeline(small, 2, 4, shared=False)
-    prompts = small.prompts[:3]
-    found = engine.logits(prompts)
+    prompts, forced = small.prompts[:3], small.prompts[3:6]
+    found = engine.logits(2, prompts, forced)
     engine.close()
     with torch.device("meta"):
         net = TinyLM(small.config)
     fill(net.to_empty(device="cpu"), small.whole)
     with torch.inference_mode():
-        tokens = torch.tensor([list(prompt) for prompt in prompts])
-        wanted = net(tokens)[:, -1]
-    assert found.shape == (3, small.config.vocabulary)
+        texts = zip(prompts, forced, strict=True)
+        tokens = torch.tensor([list(prompt + more) for prompt, more in texts])
+        wanted = net(tokens)[:, len(prompts[0]) - 1 :].transpose(0, 1)
+    assert found.shape == (1 + len(forced[0]), 3, small.config.vocabulary)
     assert torch.allclose(found, wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +11,17 @@ import numpy as np
 import pytest
 from scipy import stats as oracle
 
+from distbench.predict import Link, largest_share, link_of
 from distbench.record import write_report
 from distbench.report.tables import to_markdown
 from distbench.report.text import to_text
 from distbench.run import Run
+from distbench.shape import NetConfig
 from distbench.sharding import cells_of
 from distbench.verify import verify
 from distbench.windows import load_run
 
+from .serving import US, queries, served
 from .synthetic import RUN_ID, Rank, edit_json, in_memory, make_run, mend_hashes
 
 MS = 1_000_000
@@ -46,7 +51,8 @@ def told(rank: int, pp: int = 2, tp: int = 1, **more: Any) -> dict[str, Any]:
         "lanes": 4 if pp > 1 else 1,
         "weights_bytes": 600,
         "whole_bytes": 1_000,
-        "parity": {"logit_error": 0.0},
+        "cache_bytes": 50,
+        "parity": {"logit_error": 0.0, "tokens": 10, "tokens_equal": 9},
         **more,
     }
 
@@ -150,14 +156,14 @@ def test_a_rank_that_follows_is_missed(tmp_path: Path) -> None:
 
 def test_a_replica_may_do_what_no_single_gpu_can() -> None:
     """40 samples of 1e14 operations in 1 s are 4e15 a second: of two H100 at most 3.958e15."""
-
-    def change(ranks: list[Rank]) -> None:
-        staged(ranks)
-        for each in ranks:
-            each.before["device"]["name"] = "NVIDIA H100 80GB HBM3"
-            each.before["model"]["flops_per_sample"] = flops
-
     for flops, codes in ((0.98e14, []), (1e14, ["above-roofline"])):
+
+        def change(ranks: list[Rank], flops: float = flops) -> None:
+            staged(ranks)
+            for each in ranks:
+                each.before["device"]["name"] = "NVIDIA H100 80GB HBM3"
+                each.before["model"]["flops_per_sample"] = flops
+
         found = in_memory(groups=(10, 0), change=change).result()["verdict"]["findings"]
         assert [each["code"] for each in found if each["level"] == "invalid"] == codes
 
@@ -193,17 +199,43 @@ def test_other_answers_than_the_whole_models(error: float, dtype: str, level: st
     assert levels == ([level] if level else [])
 
 
+@pytest.mark.parametrize(("equal", "level"), [(90, None), (70, "invalid")])
+def test_other_tokens_than_the_whole_models(equal: int, level: str | None) -> None:
+    def change(ranks: list[Rank]) -> None:
+        staged(ranks, parity={"logit_error": 0.0, "tokens": 100, "tokens_equal": equal})
+
+    found = in_memory(groups=(10, 0), change=change).result()["verdict"]["findings"]
+    levels = [each["level"] for each in found if each["code"] == "parity-broken"]
+    assert levels == ([level] if level else [])
+
+
 # Layouts in turn
 
-PLAN = {
+SHAPES = ((2, 1), (8, 1), (1, 4))
+PLAN: dict[str, Any] = {
     "layouts": ["pp2", "replicas"],
     "rounds": 2,
-    "told": {"pp2": told(0), "replicas": {"replicas": 2, "lanes": 1}},
-    "foreseen": {
-        "pp2": {"rate": 30.0, "held_by": "the link between stages"},
-        "replicas": {"rate": 90.0, "held_by": "computing"},
+    "told": {"pp2": told(0), "replicas": told(0, pp=1, parity=None)},
+    "calibration": {
+        "config": asdict(NetConfig(vocabulary=2, width=8, layers=2, heads=2, kv_heads=2, hidden=8)),
+        "item_bytes": 4,
+        "prompt": 4.0,
+        "output": 10.0,
+        "slots": 8,
+        # One layer takes 1 ms, and embedding, head and Python another, whatever the shape.
+        "layers": {
+            layers: [[rows, tokens, [9 * MS, 9 * MS, ms * MS]] for rows, tokens in SHAPES]
+            for layers, ms in (("1", 2), ("3", 4))
+        },
+        # There and back 1 ms, and 2 ms for 1,000 bytes more: 0.5 ms and 2 bytes a us one way.
+        "links": {"pp2": {"send": [[0, [MS]], [1_000, [2 * MS]]], "reduce": [[0, [1]], [1, [1]]]}},
     },
-    "reduces": {"tp2": [[0, "attention", 4, 128.0, 0.002], [1, "feed", 4, 128.0, 0.004]]},
+    "reduces": {
+        "tp2": [
+            *([0, "attention", 128, each * MS] for each in (90, 2, 2)),
+            *([1, "feed", 128, each * MS] for each in (90, 4, 4)),
+        ]
+    },
 }
 
 
@@ -251,7 +283,13 @@ def test_layouts_are_compared_within_a_round(tmp_path: Path) -> None:
     assert replicas["ratio"] == pytest.approx((1 / 20) ** 0.5)
     ends = np.exp(oracle.t.interval(0.95, 1, logs.mean(), oracle.sem(logs)))
     assert (replicas["ratio_low"], replicas["ratio_high"]) == pytest.approx(ends)
-    assert (pp["foreseen"], pp["held_by"]) == (30.0, "the link between stages")
+    # A step and a prompt take 3 ms each; a step of two texts is 64 bytes, 0.532 ms of the link.
+    assert replicas["foreseen"] == pytest.approx(2 / (10 * 0.003 / 8 + 0.003))
+    share = largest_share(NetConfig(**PLAN["calibration"]["config"]), 2)
+    bounds = [share * (10 * 0.003 / 2 + 0.003), 14 * 32 / 2e6, 10 * (0.003 + 2 * 0.000532) / 8]
+    assert pp["foreseen"] == pytest.approx(1 / max(bounds))
+    assert (pp["held_by"], replicas["held_by"]) == ("the slowest stage's computing", "computing")
+    assert (pp["held"], pp["weights_share"], pp["same_tokens"]) == (650, 0.6, 0.9)
     assert pp["bubble"] == pytest.approx((0.5 + 1 - 0.5 / 1.25) / 2)
     found = result["metrics"]["ratio.replicas"]
     assert (found["value"], found["ci_low"]) == (replicas["ratio"], replicas["ratio_low"])
@@ -260,9 +298,8 @@ def test_layouts_are_compared_within_a_round(tmp_path: Path) -> None:
     assert verify(folder) == (0, [])
     text = to_text(result)
     assert "pp2 loses to replicas: 0.2236 times its throughput" in text
-    assert "foreseen 0.3333" in text
-    assert "pp2 is foreseen to be held by the link between stages" in text
-    assert "tp2: an all-reduce takes 3.00 ms, the longest 4.00 ms after the feed of layer 1" in text
+    assert "pp2 is foreseen to be held by the slowest stage's computing" in text
+    assert "tp2: an all-reduce of 128 B takes 3.00 ms, the longest 4.00 ms after the feed" in text
 
 
 def test_a_missing_window_leaves_no_figure(tmp_path: Path) -> None:
@@ -283,3 +320,37 @@ def test_a_window_in_anothers_place_is_no_measurement(tmp_path: Path) -> None:
     result = load_run(folder).result()
     assert result["verdict"]["status"] == "INVALID"
     assert "sharding-contradicts" in [each["code"] for each in result["verdict"]["findings"]]
+
+
+def test_no_rate_of_a_link_is_made_of_noise() -> None:
+    """A larger message that takes no longer, beyond what both scatter, tells a latency alone."""
+    slow, fast = [9, 9, 100, 110, 120], [9, 9, 90, 105, 115]
+    assert link_of([(8, slow), (1_000, fast)]) == Link(110e-9, math.inf)
+    assert link_of([(8, fast), (1_000, slow)]) == Link(110e-9, math.inf)
+    assert link_of([(0, [1, 1, 1_000]), (500, [1, 1, 2_000])]) == Link(1e-6, 5e8)
+    assert link_of([(0, [1, 1, 1_000]), (500, [1, 1, 2_000])], ways=2) == Link(5e-7, 1e9)
+
+
+def test_under_a_schedule_layouts_are_compared_by_latency(tmp_path: Path) -> None:
+    """Both serve what is offered; p99 of pp2 is half of the replicas'."""
+    folder = tmp_path / RUN_ID
+    for number, (name, each) in enumerate(cells_of(PLAN)):
+        cell = {"layout": name, "round": each}
+        place = {"number": number, "planned": 4, "sharding": {"plan": PLAN, "cell": cell}}
+        serve = served([queries(300, served=(400 if name == "pp2" else 804) * US, late=0)])
+
+        def change(ranks: list[Rank], place: Any = place, serve: Any = serve) -> None:
+            serve(ranks)
+            ranks[0].before["run_id"] = f"{RUN_ID}-w{place['number']:03d}"
+            ranks[0].before["window"] = place
+
+        make_run(folder / "windows" / f"{number:03d}", ranks=1, change=change)
+    write_report(folder)
+    result = load_run(folder).result()
+    pp, replicas = named(result, "layouts")
+    assert (pp["latency_p99"], replicas["latency_p99"]) == pytest.approx((405e-6, 809e-6))
+    assert replicas["ratio"] == pytest.approx(405 / 809)
+    assert (pp["foreseen"], pp["held_by"]) == (None, None)
+    assert result["metrics"]["latency.p99"]["value"] == pytest.approx(405e-6)
+    assert result["metrics"]["ratio.replicas"]["definition"].startswith("latency.p99 of pp2 / of")
+    assert "pp2 wins over replicas: 0.5006 times its p99 of latency" in to_text(result)
