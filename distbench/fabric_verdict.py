@@ -17,7 +17,7 @@ from distbench.operations import SPACED, size_text
 from distbench.ruling import table
 from distbench.run import RankRecord, Run
 from distbench.times import RankTimes, makespan
-from distbench.trust import clock_found
+from distbench.trust import clock_found, interference_found
 
 SCENARIO = "collectives"
 GOOD_FIT = 0.98
@@ -237,7 +237,7 @@ def collectives_result(run: Run) -> dict[str, Any]:
     found = [Finding(**note) for record in run.left for note in record.before["findings"]]
     found += facts_found(run, times)
     for record in run.left:
-        found += clock_found(run, record)
+        found += clock_found(run, record) + interference_found(record)
     found += fabric_found(run, rows, lines) if status(found) != "INCOMPLETE" else []
     found = worst_first(found)
     common, rest = common_and_rest([record.before["environment"] for record in run.present])

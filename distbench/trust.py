@@ -13,7 +13,7 @@ from distbench.joined import worker_times
 from distbench.pace import pace_found
 from distbench.pool import Pool
 from distbench.run import RankRecord, Run
-from distbench.scenarios import Scenario, scenario
+from distbench.scenarios import scenario
 from distbench.settled import WATCH, settled_found
 from distbench.steady import TREND_P, Trend
 from distbench.times import Makespan, RankTimes
@@ -42,7 +42,7 @@ def measurement_found(
     active = set(run.active)
     others = [r for r in run.workers if r.rank not in active] + _driver(run)
     for record, t in [*zip(run.present, own, strict=True), *((each, None) for each in others)]:
-        found += _interference(record, t, scenario(run.scenario))
+        found += interference_found(record, t, scenario(run.scenario).open_loop)
     for record in [*run.left, *_driver(run)]:  # a rank without a part may lend its clock to others
         found += clock_found(run, record)
     return found + pace_found(pool, times, span, figures)
@@ -105,7 +105,9 @@ def _driver(run: Run) -> list[RankRecord]:
     return [] if run.driver is None else [run.driver]
 
 
-def _interference(record: RankRecord, t: RankTimes | None, kind: Scenario) -> list[Finding]:
+def interference_found(
+    record: RankRecord, t: RankTimes | None = None, open_loop: bool = False
+) -> list[Finding]:
     """Return the finding that a process waited for a processor.
 
     Under a schedule a loop is idle for much of its window. What it waited for while idle is
@@ -115,7 +117,7 @@ def _interference(record: RankRecord, t: RankTimes | None, kind: Scenario) -> li
     if not quiet or quiet["run_delay_ns"] < 0 or not quiet["window_ns"]:
         return []
     waited_ns, of_ns, of = quiet["run_delay_ns"], quiet["window_ns"], "its window"
-    if kind.open_loop and t is not None:
+    if open_loop and t is not None:
         waited_ns = max(0, waited_ns - t.series["lateness"][2])
         of_ns = max(1, min(of_ns, t.series["batch_latency"][2]))
         of = "the time that it had work in flight"
