@@ -182,8 +182,9 @@ def reduces(cuts: Cuts, world: World) -> dict[str, list[list[Any]]]:
         with timed_reduces(cut.sut.rank.net) as took:
             world.side.meet("reduces")
             if cut.placed.world.leader:
-                prompts = cuts.model.prompts[: cut.sut.rank.slots]  # type: ignore[union-attr]
-                cut.sut.logits(0, prompts, [prompt[:1] * FORCED for prompt in prompts])
+                prompts = cut.sut.prompts[: cut.sut.rank.slots]
+                steps = min(FORCED, cut.sut.length - max(map(len, prompts)))
+                cut.sut.logits(0, prompts, [prompt[:1] * steps for prompt in prompts])
             world.side.meet("reduced")
         rows = [
             [int(name.split(".")[1]), name.split(".")[2], *call]

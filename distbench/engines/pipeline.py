@@ -57,7 +57,7 @@ class PipelineEngine:
         now: Now = now_ns,
     ) -> None:
         self.rank, self.watch, self.now = rank, rank.watch, now
-        self.length = length
+        self.prompts, self.length = prompts, length
         self.total = self.resident = len(prompts)
         self.depth = rank.cache.slots
         self.most_tokens = int(output_lengths.max())

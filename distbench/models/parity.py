@@ -85,7 +85,8 @@ def compare(cut: PipelineEngine, model: DecoderModel, device: torch.device) -> d
     """
     lanes, rows = cut.rank.lanes, min(COMPARED, cut.rank.slots)
     whole = whole_engine(model, device, lanes)
-    steps = min(FORCED, model.length - max(map(len, model.prompts)), len(min(model.prompts)))
+    lengths = [len(prompt) for prompt in model.prompts]
+    steps = min(FORCED, model.length - max(lengths), min(lengths))
     error = 0.0
     for lane in range(lanes):
         chosen = [model.prompts[(lane * rows + row) % len(model.prompts)] for row in range(rows)]
