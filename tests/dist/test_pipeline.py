@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from distbench.engines import stopwatch
 from distbench.engines.pipeline import PipelineEngine
 from distbench.engines.stage import Edge, Edges, StageRank
 from distbench.engines.stopwatch import Stopwatch
@@ -197,3 +198,51 @@ def test_a_wait_counts_from_the_beginning_of_the_window() -> None:
     assert found["received_bytes"] == 24
     watch.open(1000)
     assert set(watch.read().values()) == {0}
+
+
+class FakeEvent:
+    """An event of a device whose clock a test sets, in ms; who waits for one knows all before it."""
+
+    clock = known = 0.0
+
+    def __init__(self) -> None:
+        self.at = FakeEvent.clock
+
+    def synchronize(self) -> None:
+        FakeEvent.known = max(FakeEvent.known, self.at)
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert other.at <= FakeEvent.known, "the device is not through with it yet"
+        return other.at - self.at
+
+
+def test_on_a_gpu_events_on_its_stream_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host is through at once; the device waits for 2.5 ms and works for 6.5 ms."""
+    monkeypatch.setattr(stopwatch, "_event", FakeEvent)
+    FakeEvent.clock = FakeEvent.known = 0.0
+    watch = Stopwatch(torch.device("cuda", 0), lambda: 7)
+    watch.open(0)
+    for step in range(3):
+        FakeEvent.clock = 20.0 * step
+        watch.begin_wait()
+        FakeEvent.clock += 2.5
+        watch.end_wait(8)
+        watch.begin_work(prefill=step == 0, rows=2)
+        FakeEvent.clock += 6.5
+        watch.end_work()
+    found = watch.read()
+    assert (found["work_ns"], found["prefill_ns"]) == (19_500_000, 6_500_000)
+    assert found["wait_ns"] == 7_500_000
+    assert (found["prefills"], found["decodes"], found["received_bytes"]) == (1, 2, 24)
+
+
+def test_events_are_read_before_they_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "_event", FakeEvent)
+    FakeEvent.clock = FakeEvent.known = 0.0
+    watch = Stopwatch(torch.device("cuda", 0), lambda: 7)
+    for _ in range(stopwatch.BEHIND + 10):
+        watch.begin_work(prefill=False, rows=1)
+        FakeEvent.clock += 1.0
+        watch.end_work()
+    assert len(watch._events) == stopwatch.BEHIND
+    assert watch.work_ns == 10_000_000
