@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from distbench import metrics as m
 from distbench.findings import Finding
+from distbench.layout import Layout
 from distbench.run import RankRecord, Run
 from distbench.times import RankTimes
 
@@ -94,7 +95,7 @@ def _losses(run: Run) -> list[Finding]:
                 Finding(
                     "incomplete",
                     f"rank-{end['code']}",
-                    end["sentence"],
+                    end["sentence"] + _place(run, end["rank"]),
                     end["rank"],
                     end["host"],
                     remedy=END_REMEDIES.get(end["code"], END_REMEDIES["failed"]),
@@ -114,6 +115,16 @@ def _losses(run: Run) -> list[Finding]:
                 )
             )
     return found
+
+
+def _place(run: Run, rank: int) -> str:
+    """Say which part of a model that is cut over ranks was on one of them, "" without."""
+    told = run.layout
+    if told is None or rank < 0:
+        return ""
+    layout = Layout(told["pp"], told["tp"])
+    part = f", part {layout.part(rank)}" if layout.tp > 1 else ""
+    return f"; it was stage {layout.stage(rank)}{part} of replica {rank // layout.degree}"
 
 
 def _raised(record: RankRecord) -> list[Finding]:

@@ -228,6 +228,7 @@ def test_a_stage_that_comes_to_harm_is_named(
     found = [each for each in result["verdict"]["findings"] if each["level"] == "incomplete"]
     assert [(each["code"], each["rank"]) for each in found] == [(code, 1)] * len(found)
     assert words in found[0]["message"]
+    assert found[0]["message"].endswith("; it was stage 1 of replica 0")
 
 
 def bubbles(folder: str, counts: list[int]) -> list[tuple[float, float]]:
