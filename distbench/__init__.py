@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from distbench.collectives import run_collectives
     from distbench.coordinated import run_coordinated
+    from distbench.distributed import run_distributed
+    from distbench.layout import Layout, ShardPlan
     from distbench.load import Load
     from distbench.multistream import run_multistream
     from distbench.offline import run_offline
@@ -30,8 +32,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Done": "distbench.sut",
+    "Layout": "distbench.layout",
     "Load": "distbench.load",
     "Run": "distbench.run",
+    "ShardPlan": "distbench.layout",
     "SystemUnderTest": "distbench.sut",
     "Windows": "distbench.windows",
     "World": "distbench.world",
@@ -48,8 +52,10 @@ _HOMES = {
 
 __all__ = [
     "Done",
+    "Layout",
     "Load",
     "Run",
+    "ShardPlan",
     "SystemUnderTest",
     "Windows",
     "World",

@@ -195,6 +195,13 @@ OPTIONS = (
 )
 
 
+def _refuse_foreign(values: Values, of: str, names: Sequence[str]) -> None:
+    """Refuse options that were given and would do nothing."""
+    for name in names:
+        if values.origins[name.replace("-", "_")] != "default":
+            raise UsageError(f"--{name} is of {of}: leave it out")
+
+
 def read_shard(values: Values) -> dict[str, Any]:
     """Read the layouts and the load.
 
@@ -202,12 +209,19 @@ def read_shard(values: Values) -> dict[str, Any]:
         UsageError: they do not go together.
     """
     v, server = values.values, values.values["scenario"] == "server"
+    token = v["model"].partition(",")[0] in TOKEN_MODELS
+    if not server:
+        _refuse_foreign(values, "--scenario server", ("target-qps", *LOAD))
+    if token or server:
+        _refuse_foreign(values, "a model that is none of texts, in Offline", ("batch-size",))
     load = Load(
         v["target_qps"], v["arrival"], "static", v["max_batch"], v["max_wait"],
         v["latency_bound"] or (),
     )  # fmt: skip
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     layouts = tuple(parse_layout(each, v["degree"], world_size) for each in v["shard"].split(","))
+    if all(each.pp == 1 for each in layouts):
+        _refuse_foreign(values, "layouts with stages", ("micro-batches",))
     return {
         "load": usable(load) if server else None,
         "shard": ShardPlan(layouts, v["micro_batches"] or 0, v["rounds"]),

@@ -57,8 +57,11 @@ def _spare(folder: Path) -> None:
         UsageError: result.json rests on ranks that are not here.
     """
     try:
-        rows = files.read_json(folder / "result.json")["per_rank"]
-        hosts = {int(row["rank"]): str(row["host"]) for row in rows}
+        result = files.read_json(folder / "result.json")
+        hosts = {int(row["rank"]): str(row["host"]) for row in result["per_rank"]}
+        # Of a model that is cut over ranks, those that follow a leader have no row of samples.
+        stages = result["tables"].get("stages", {"rows": []})
+        hosts |= {int(row[0]): str(row[1]) for row in stages["rows"]}
     except (UsageError, LookupError, TypeError, ValueError):
         return  # there is none, or nothing can be read from it
     gone = [where(rank, hosts[rank]) for rank in load_window(folder).missing if rank in hosts]

@@ -320,7 +320,7 @@ def _metrics(
         what, base = "completed share of the offered rate", "that of each"
     left = metric(
         named["efficiency"] if not reason else None,
-        "",
+        "1",
         rounds,
         f"{what} of {size} ranks / {base} alone, within a round; {plan.kind} scaling",
         reason=reason,

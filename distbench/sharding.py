@@ -90,11 +90,11 @@ def sharded(
         told = each["window"]["sharding"]["cell"]
         rounds[told["layout"]][told["round"]] = each
     found = absent_found(results, len(planned), problems) + _contradictions(results, planned)
-    whole = not found
-    found = worst_first(found + lifted(results))
+    absent, found = bool(found), worst_first(found + lifted(results))
     first = list(rounds[plan["layouts"][0]].values()) or every
     expected = {} if _open(first[0]) else _foreseen(plan, first[-1]["window"]["world_size"])
     rows = [_row(name, rounds, plan, expected) for name in plan["layouts"]]
+    whole = not absent and all(row[3] == plan["rounds"] for row in rows)
     reduced = [[name, *row] for name, each in plan["reduces"].items() for row in _reduced(each)]
     return {
         **first[-1],
@@ -188,15 +188,17 @@ def _row(
     expected: Mapping[str, tuple[float, str]],
 ) -> list[Any]:
     """Return one layout's row."""
-    own, base = rounds[name], rounds[plan["layouts"][0]]
+    own, base, leads = rounds[name], rounds[plan["layouts"][0]], name == plan["layouts"][0]
+    own = {n: each for n, each in own.items() if each["verdict"]["status"] != "INCOMPLETE"}
     known = {n: rate for n, each in own.items() if (rate := _value(each, "throughput"))}
     mean = interval(list(known.values())) if known else (None, None, None)
     ratio: tuple[float | None, ...] = (None, None, None)
-    if own is not base:
+    if not leads:
         ratio = _ratio(base, own)
     sample: dict[str, Any] = next(iter(own.values()), {"scenario": "offline", "metrics": {}})
     told = plan["told"][name]
-    parity, held = told.get("parity") or {}, [h for each in own.values() for h in _held(each)]
+    parity, stages = told.get("parity") or {}, [row for each in own.values() for row in _held(each)]
+    shares = [share for _, share in stages if share is not None]
     opened = _open(sample)
     foreseen, held_by = expected.get(name, (None, None))
     tokens = parity.get("tokens")
@@ -216,8 +218,8 @@ def _row(
         _mean(own, "tpot.p50"),
         max(_values(own, "tpot.p99"), default=None),
         _mean(own, "bubble"),
-        max(held, default=told["weights_bytes"] + told["cache_bytes"]),
-        told["weights_bytes"] / told["whole_bytes"] if told["whole_bytes"] else None,
+        max((held for held, _ in stages), default=None),
+        max(shares, default=None),
         _value(sample, "accuracy"),
         parity.get("logit_error"),
         parity["tokens_equal"] / tokens if tokens else None,
@@ -242,14 +244,14 @@ def _ratio(
     return tuple(None if each is None else math.exp(each) for each in interval(logs))
 
 
-def _held(result: Mapping[str, Any]) -> list[int]:
-    """Return what each rank holds of the model."""
+def _held(result: Mapping[str, Any]) -> list[tuple[int, float | None]]:
+    """Return what each rank holds of the model: bytes, and its share of the weights."""
     found = result["tables"].get("stages")
     if found is None:
         return []
     names = [each["name"] for each in found["columns"]]
-    places = names.index("weights"), names.index("cache")
-    return [sum(row[place] for place in places) for row in found["rows"]]
+    rows = [dict(zip(names, row, strict=True)) for row in found["rows"]]
+    return [(row["weights"] + row["cache"], row["weights_share"]) for row in rows]
 
 
 def _values(own: Mapping[int, dict[str, Any]], name: str) -> list[float]:
@@ -266,7 +268,7 @@ def _metrics(
 ) -> dict[str, Any]:
     """Return the first layout's figures over all its windows, and its headline over the others'."""
     named = [dict(zip((n for n, _, _ in COLUMNS), row, strict=True)) for row in rows]
-    own, reason = named[0], "" if whole else "windows are missing"
+    own, reason = named[0], "" if whole else "windows are missing, or what is known of some is not"
     samples, rounds = sum(each["window"]["samples"] for each in first), own["rounds"]
     over = f"of {own['layout']}, mean over {rounds} windows"
     ends = (own["ci_low"], own["ci_high"])
@@ -284,17 +286,31 @@ def _metrics(
     for other in named[1:]:
         told = f"{headline} of {own['layout']} / of {other['layout']}, within a round"
         ends, count = (other["ratio_low"], other["ratio_high"]), other["rounds"]
+        # By the unit others know which way is better: of "1" more is, without one less.
+        unit = "1" if headline == "throughput" else ""
         out[f"ratio.{other['layout']}"] = _over_rounds(
-            other["ratio"], ends, "", count, count, told, reason
+            other["ratio"], ends, unit, count, count, told, reason
         )
-    last = first[-1]["metrics"]
-    kept = ("bubble", "bubble.ideal", "imbalance")
+    out |= _work(first, over, reason)
+    peaks = [each["metrics"]["memory.peak"] for each in first]
     return {
         **out,
-        **{name: last[name] for name in kept if name in last},
         "accuracy": first[0]["metrics"]["accuracy"],
-        "memory.peak": dict(first[0]["metrics"]["memory.peak"]),
+        "memory.peak": max(peaks, key=lambda peak: peak["value"] or 0),
     }
+
+
+def _work(first: Sequence[dict[str, Any]], over: str, reason: str) -> dict[str, Any]:
+    """Return bubble and imbalance of the first layout over its windows."""
+    out, last = {}, first[-1]["metrics"]
+    for name in ("bubble", "imbalance"):
+        if name in last:
+            values = [value for each in first if (value := _value(each, name)) is not None]
+            mean, low, high = interval(values) if values else (None, None, None)
+            told = f"{last[name]['definition']}; {over}"
+            steps = sum(each["metrics"].get(name, last[name])["n"] for each in first)
+            out[name] = _over_rounds(mean, (low, high), "", steps, len(values), told, reason)
+    return out | ({"bubble.ideal": last["bubble.ideal"]} if "bubble.ideal" in last else {})
 
 
 def _over_rounds(

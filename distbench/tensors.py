@@ -166,6 +166,8 @@ def _bound(operation: str, send: Any, recv: Any, world: World) -> Callable[[], A
         return lambda: scatter(recv, send, group=group)
     if operation == "broadcast":
         return lambda: dist.broadcast(recv, src=0, group=group)
+    if operation != "send_recv":
+        raise UsageError(f"operation {operation} has no call of torch's here: add it to tensors.py")
     pair = [
         dist.P2POp(dist.isend, send, (rank + 1) % n, group),
         dist.P2POp(dist.irecv, recv, (rank - 1) % n, group),

@@ -37,7 +37,9 @@ class OneShotModel:
         samples: shape (total, ...), on the host.
         units: what each of its layers costs, in order; a stage has some that follow one another.
             Empty: it divides into any number of equal stages.
-        make: makes the layers from one to before another, of so many, on a device.
+        make: makes the layers from one to before another, of so many, on a device: of a stage, on
+            "meta" to learn shapes, and of all layers for the parity check. It must give every rank
+            the same weights for the same layers.
         digest: what its weights are called in a result.
         weights: parameters of the whole.
         scored: ``held_out``, ``score`` and ``target_accuracy``, where known.
@@ -245,12 +247,14 @@ def compare_one_shot(sut: OneShotEngine, model: OneShotModel, lanes: int) -> dic
     samples = model.samples[: sut.batch_size]
     if not model.units:
         return {}
-    whole = model.make((0, len(model.units)), len(model.units), torch.device("cpu"))
+    device = sut.rank.device
+    whole = model.make((0, len(model.units)), len(model.units), device)
     ours = sut.compute(samples)
     size = sut.batch_size // lanes
     full = torch.zeros((sut.batch_size, *samples.shape[1:]), dtype=samples.dtype)
     full[: len(samples)] = samples
     with torch.inference_mode():
+        full = full.to(device)
         parts = [whole(full[first : first + size]) for first in range(0, len(full), size)]
-        theirs = torch.cat(parts)[: len(samples)].float()
+        theirs = torch.cat(parts)[: len(samples)].float().cpu()
     return {"logit_error": float((ours - theirs).abs().max() / theirs.abs().max())}

@@ -86,7 +86,7 @@ def compare(cut: PipelineEngine, model: DecoderModel, device: torch.device) -> d
     lanes, rows = cut.rank.lanes, min(COMPARED, cut.rank.slots)
     whole = whole_engine(model, device, lanes)
     lengths = [len(prompt) for prompt in model.prompts]
-    steps = min(FORCED, model.length - max(lengths), min(lengths))
+    steps = min(FORCED, model.length - max(lengths), *lengths)
     error = 0.0
     for lane in range(lanes):
         chosen = [model.prompts[(lane * rows + row) % len(model.prompts)] for row in range(rows)]

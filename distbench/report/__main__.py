@@ -4,16 +4,15 @@
     python -m distbench.report DIR --format text,json,csv,md --output-dir OUT
 
 One format goes to stdout; several go to files report.txt, report.json, report.csv (a row per
-metric), report-ranks.csv (a row per rank) and report.md in --output-dir. To stdout, csv is the
-metrics. Needs no torch.
-
-Exit status: 0 whatever the verdict, which the report tells; 2 where it is no result directory.
+metric), report-ranks.csv (a row per rank), report-TABLE.csv (each of the result's tables) and
+report.md in --output-dir. To stdout, csv is the metrics. Needs no torch.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from distbench import files
 from distbench.cli import Option, nearest, parse, positionals, read_words, run_command
 from distbench.compare import load_result
 from distbench.errors import EXIT_OK, UsageError
-from distbench.report.tables import metrics_csv, ranks_csv, to_markdown
+from distbench.report.tables import metrics_csv, ranks_csv, table_csv, to_markdown
 from distbench.report.text import to_text
 
 FORMATS: dict[str, dict[str, Callable[[dict[str, Any]], str]]] = {
@@ -66,6 +65,8 @@ def main(argv: Sequence[str]) -> int:
         )
     result = load_result(lists[0][0])
     made = {name: write for word in given["format"] for name, write in FORMATS[word].items()}
+    if "csv" in given["format"] and folder is not None:
+        made |= {f"report-{name}.csv": partial(table_csv, name=name) for name in result["tables"]}
     if folder is None:
         sys.stdout.write(next(iter(made.values()))(result))
         return EXIT_OK

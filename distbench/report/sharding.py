@@ -25,14 +25,14 @@ def layout_lines(result: dict[str, Any]) -> list[str]:
                 *(_figure(name, row[name]) for name in (OPEN if opened else DRAINED)),
                 *(_figure(name, row[name]) for name in ("tpot_p50", "tpot_p99")),
                 *(_share(row[name]) for name in ("bubble",)),
-                size(row["held"]),
+                "?" if row["held"] is None else size(row["held"]),
                 _share(row["weights_share"]),
                 "-" if row["logit_error"] is None else f"{row['logit_error']:.1e}",
                 _share(row["same_tokens"]),
             ]
         )
     return [
-        *table(shown),
+        *table(_told(shown)),
         *_winner(rows, opened),
         *_reduces(result),
         "each window has a report of its own under windows/",
@@ -44,7 +44,7 @@ DRAINED = {
     "ci_low": "95 % from",
     "ci_high": "to",
     "tokens": "tokens/s",
-    "foreseen": "foreseen",
+    "foreseen": "foreseen/s",
 }
 OPEN = {
     "throughput": "samples/s",
@@ -53,6 +53,12 @@ OPEN = {
     "ttft_p50": "ttft p50",
 }
 """Columns of Offline, and of Server."""
+
+
+def _told(rows: list[list[str]]) -> list[list[str]]:
+    """Leave out columns of which nothing is known on any row."""
+    kept = [place for place in range(len(rows[0])) if any(r[place] != "-" for r in rows[1:])]
+    return [[row[place] for place in kept] for row in rows]
 
 
 def _figure(name: str, value: float | None) -> str:
@@ -104,6 +110,8 @@ def _winner(rows: list[dict[str, Any]], opened: bool) -> list[str]:
         lines.append(
             f"{first['layout']} {word} {row['layout']}: {row['ratio']:.4g} times its {what} "
             f"(95 % {low:.4g} to {high:.4g}{expected})"
+            + "; more --rounds may tell"
+            * (low <= 1 <= high)
         )
     lines += [
         f"  {row['layout']} is foreseen to be held by {row['held_by']}"

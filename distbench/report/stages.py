@@ -15,7 +15,7 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
     names = [each["name"] for each in found["columns"]]
     rows, note = shown_rows(found["rows"], lambda row: -(row[names.index("busy")] or 0.0))
     shown = [
-        [*("stages", "host", "stage", "part", "steps", "texts", "work", "wait", "rest"),
+        [*("stages", "host", "replica", "stage", "part", "steps", "rows", "work", "wait", "rest"),
          *("busy", "sent", "weights", "cache", "memory peak")]
     ]  # fmt: skip
     for each in rows:
@@ -24,6 +24,7 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
             [
                 f"rank {row['rank']}",
                 row["host"],
+                str(row["replica"]),
                 str(row["stage"]),
                 str(row["part"]),
                 "?" if row["steps"] is None else f"{row['steps']:,}",
@@ -37,7 +38,11 @@ def stage_lines(result: dict[str, Any]) -> list[str]:
                 "?" if row["memory_peak"] is None else size(row["memory_peak"]),
             ]
         )
-    return [*table(shown), *[note] * bool(note), *_figures(result["metrics"])]
+    title = list[str]()
+    told = result["window"].get("sharding")
+    if told and told["cell"] is None:
+        title = [f"the last window of {told['plan']['layouts'][0]}; bubble over all of its windows"]
+    return [*title, *table(shown), *[note] * bool(note), *_figures(result["metrics"])]
 
 
 TIMES = ("work", "wait", "rest")

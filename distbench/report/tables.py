@@ -63,6 +63,18 @@ def ranks_csv(result: dict[str, Any]) -> str:
     return _csv(names, [[row.get(name) for name in names] for row in rows])
 
 
+def table_csv(result: dict[str, Any], name: str) -> str:
+    """Return one of the result's own tables as csv, such as that of layouts.
+
+    Args:
+        result: the content of result.json.
+        name: of the table.
+    """
+    found = result["tables"][name]
+    heads = [f"{each['name']} {each['unit']}".strip() for each in found["columns"]]
+    return _csv(heads, found["rows"])
+
+
 def _column(name: str) -> str:
     """Return the column of a rank's metric, its unit in the name."""
     return f"{name}_s" if name.startswith("latency.") else UNITS.get(name, name)
@@ -116,7 +128,8 @@ def to_markdown(result: dict[str, Any]) -> str:
     lines = [
         f"**{_plain(to_text(result).split(chr(10), 1)[0])}**",
         "",
-        f"{_plain(result['scenario'])}, model {_plain(window['model']['name'])}, world size "
+        f"{'distributed ' * bool(window.get('sharding'))}{_plain(result['scenario'])}, "
+        f"model {_plain(window['model']['name'])}, world size "
         f"{window['world_size']} on {', '.join(map(_plain, hosts))}"
         f"{f' and {more} more' if more > 0 else ''}, {window['samples']:,} samples",
         "",

@@ -103,7 +103,8 @@ def _throughput(result: dict[str, Any]) -> list[str]:
     found, window = result["metrics"]["throughput"], result["window"]
     if found["value"] is None:
         return [f"throughput       unknown: {found['reason']}"]
-    bound = window["makespan_bound_s"] / window["makespan_s"]
+    span = window["makespan_s"]
+    bound = window["makespan_bound_s"] / span if span else 0.0
     clocks = f"+-{bound:.2g} of it by the clocks" if bound else "on one clock"
     known = found["reason"]
     if found["ci_low"] is not None:
@@ -113,11 +114,20 @@ def _throughput(result: dict[str, Any]) -> list[str]:
             f"+-{half:.2%}, by {found['ci_method']}"
         )
     return [
-        f"throughput       {rounded(found['value'], 5)} samples/s  ({clocks}; {known})",
+        f"throughput       {rounded(found['value'], 5)} samples/s{_of_layout(result)}  "
+        f"({clocks}; {known})",
         *_steady(result),
         *_rates(result),
-        f"makespan         {window['makespan_s']:.6f} s  +-{duration(window['makespan_bound_s'])}",
+        "makespan         "
+        + (f"{span:.6f} s  +-{duration(window['makespan_bound_s'])}" if span else "unknown")
+        + f", of {len(result['windows'])} windows together" * bool(window.get("sharding")),
     ]
+
+
+def _of_layout(result: dict[str, Any]) -> str:
+    """Say which layout the figures of a run of several are of, "" of all others."""
+    told = result["window"].get("sharding")
+    return f" of {told['plan']['layouts'][0]}" if told and told["cell"] is None else ""
 
 
 def _rates(result: dict[str, Any]) -> list[str]:
@@ -272,6 +282,10 @@ def _ranks(result: dict[str, Any]) -> list[str]:
         own = [duration(more.get(f"latency.{label}")) for label in ("p50", "p90", "p99")]
         rows[-1] += [duration(row["idle_s"]), busy] if drained else own
     lines = table(rows) + [f"{note}, by finish"] * bool(note)
+    if result["tables"].get("stages"):
+        lines.append(
+            "of a model over several ranks the leader of each replica, which has its samples"
+        )
     if any("?" in row for row in rows):
         why = result["window"]["makespan_reason"] or "a rank completed nothing"
         lines.append(f"?: unknown, for {why}")

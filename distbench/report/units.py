@@ -66,10 +66,12 @@ def duration(seconds: float | None) -> str:
 def size(count: float) -> str:
     """Format a size.
 
-    >>> size(123_400_000)
-    '123.4 MB'
+    >>> size(123_400_000), size(54_300), size(9_000)
+    ('123.4 MB', '54.3 kB', '9.0 kB')
     """
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 def duration_or_dash(seconds: float | None) -> str:

@@ -211,7 +211,8 @@ def test_what_is_harmless_passes() -> None:
 
 def test_the_public_names() -> None:
     assert sorted(distbench.__all__) == [
-        "Done", "Load", "Run", "SystemUnderTest", "Windows", "World", "join", "load_run",
+        "Done", "Layout", "Load", "Run", "ShardPlan", "SystemUnderTest", "Windows", "World", "join",
+        "load_run",
         "run_collectives", "run_coordinated", "run_distributed", "run_multistream", "run_offline",
         "run_server",
         "run_singlestream",

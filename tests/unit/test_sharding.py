@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 from scipy import stats as oracle
 
+from distbench.compare import judged
+from distbench.errors import UsageError
 from distbench.predict import Link, largest_share, link_of
 from distbench.record import write_report
+from distbench.report.__main__ import main as report
 from distbench.report.tables import to_markdown
 from distbench.report.text import to_text
 from distbench.run import Run
+from distbench.salvage import main as salvage
 from distbench.shape import NetConfig
 from distbench.sharding import cells_of
 from distbench.verify import verify
@@ -49,7 +53,7 @@ def told(rank: int, pp: int = 2, tp: int = 1, **more: Any) -> dict[str, Any]:
         "stage": rank // tp % pp,
         "part": rank % tp,
         "lanes": 4 if pp > 1 else 1,
-        "weights_bytes": 600,
+        "weights_bytes": 600 + 100 * rank,
         "whole_bytes": 1_000,
         "cache_bytes": 50,
         "parity": {"logit_error": 0.0, "tokens": 10, "tokens_equal": 9},
@@ -289,7 +293,7 @@ def test_layouts_are_compared_within_a_round(tmp_path: Path) -> None:
     bounds = [share * (10 * 0.003 / 2 + 0.003), 14 * 32 / 2e6, 10 * (0.003 + 2 * 0.000532) / 8]
     assert pp["foreseen"] == pytest.approx(1 / max(bounds))
     assert (pp["held_by"], replicas["held_by"]) == ("the slowest stage's computing", "computing")
-    assert (pp["held"], pp["weights_share"], pp["same_tokens"]) == (650, 0.6, 0.9)
+    assert (pp["held"], pp["weights_share"], pp["same_tokens"]) == (750, 0.7, 0.9)
     assert pp["bubble"] == pytest.approx((0.5 + 1 - 0.5 / 1.25) / 2)
     found = result["metrics"]["ratio.replicas"]
     assert (found["value"], found["ci_low"]) == (replicas["ratio"], replicas["ratio_low"])
@@ -308,7 +312,7 @@ def test_a_missing_window_leaves_no_figure(tmp_path: Path) -> None:
     result = load_run(folder).result()
     assert result["verdict"]["status"] == "INCOMPLETE"
     assert result["metrics"]["throughput"]["value"] is None
-    assert result["metrics"]["ratio.replicas"]["reason"] == "windows are missing"
+    assert result["metrics"]["ratio.replicas"]["reason"].startswith("windows are missing")
 
 
 def test_a_window_in_anothers_place_is_no_measurement(tmp_path: Path) -> None:
@@ -354,3 +358,44 @@ def test_under_a_schedule_layouts_are_compared_by_latency(tmp_path: Path) -> Non
     assert result["metrics"]["latency.p99"]["value"] == pytest.approx(405e-6)
     assert result["metrics"]["ratio.replicas"]["definition"].startswith("latency.p99 of pp2 / of")
     assert "pp2 wins over replicas: 0.5006 times its p99 of latency" in to_text(result)
+
+
+def test_tables_go_to_csv(tmp_path: Path) -> None:
+    folder = compared(tmp_path)
+    assert report([str(folder), "--format", "csv", "--output-dir", str(tmp_path / "out")]) == 0
+    lines = (tmp_path / "out" / "report-layouts.csv").read_text().splitlines()
+    assert lines[0].startswith("layout,replicas,micro_batches,rounds,throughput samples/s,")
+    assert [line.split(",")[0] for line in lines[1:]] == ["pp2", "replicas"]
+
+
+def test_salvage_spares_a_result_that_rests_on_a_rank_that_follows(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / RUN_ID, groups=(10, 0), change=staged)
+    before = (folder / "result.json").read_bytes()
+    (folder / "ranks" / "00001").rename(tmp_path / "gone")
+    with pytest.raises(UsageError, match=r"rests on samples of rank 1 \(node-1\) as well"):
+        salvage([str(folder)])
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_a_window_without_one_rank_is_judged_and_counts_for_nothing(tmp_path: Path) -> None:
+    """Its samples are all here, for the leader has them, and it may not have been whole."""
+    folder = compared(tmp_path)
+    (folder / "windows" / "003" / "ranks" / "00001").rename(tmp_path / "gone")
+    for path in (folder / "result.json", folder / "windows" / "003" / "result.json"):
+        path.unlink()
+    write_report(folder)
+    result = load_run(folder).result()
+    assert result["verdict"]["status"] == "INCOMPLETE"
+    assert named(result, "layouts")[0]["rounds"] == 1
+    assert result["metrics"]["throughput"]["value"] is None
+    assert "makespan" in to_text(result) or "unknown" in to_text(result)
+
+
+@pytest.mark.parametrize(
+    ("unit", "verdict"), [("1", "better"), ("", "worse")], ids=["Offline", "Server"]
+)
+def test_a_larger_ratio_is_better_of_throughputs_and_worse_of_latencies(
+    unit: str, verdict: str
+) -> None:
+    found = judged("ratio.replicas", unit, (0.1, 0.101, 0.102), (0.2, 0.201, 0.199), 0.01)
+    assert found.verdict == verdict
