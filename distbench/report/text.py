@@ -120,7 +120,7 @@ def _throughput(result: dict[str, Any]) -> list[str]:
         *_rates(result),
         "makespan         "
         + (f"{span:.6f} s  +-{duration(window['makespan_bound_s'])}" if span else "unknown")
-        + f", of {len(result['windows'])} windows together" * bool(window.get("sharding")),
+        + ", all its windows together" * bool(_of_layout(result)),
     ]
 
 
