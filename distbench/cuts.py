@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from distbench.errors import UsageError
-from distbench.layout import check_shape, check_world, lanes_of
+from distbench.findings import Finding
+from distbench.layout import REPLICAS, Layout, check_shape, check_world, lanes_of
 from distbench.models import TOKEN_MODELS, split_model, token_model
 from distbench.models.decoders import TORCH_DTYPES, DecoderModel, build_part
 from distbench.models.one_shots import (
@@ -21,7 +22,7 @@ from distbench.models.one_shots import (
     digits,
     sleep,
 )
-from distbench.models.parity import compare, fits_beside, twin
+from distbench.models.parity import compare, fits_alone, fits_beside, twin
 from distbench.models.speed import time_layers
 from distbench.parallel import Placed, following, lay_out, time_links
 from distbench.readiness import setup_limit_s
@@ -77,7 +78,17 @@ def build_cuts(settings: Settings, world: World) -> Cuts:
     """
     assert settings.shard is not None
     asked, layouts = settings.shard.lanes, settings.shard.layouts
+    told = {
+        "--model": settings.model_name,
+        "--dtype": settings.dtype,
+        "--shard": [layout.name for layout in layouts],
+        "--micro-batches": asked,
+        "samples a group": settings.group,
+    }
+    # Before anything is sent between parts, whose shapes follow from these.
+    world.agree("layouts", told, "start every node with the same command line")
     cuts = Cuts(_model(settings), settings.group, [], ExitStack())
+    world, layouts = _with_room(cuts.model, world, layouts)
     for layout in layouts:
         check_world(layout, world.world_size)
         lanes = lanes_of(layout, asked, _divided(cuts))
@@ -94,6 +105,27 @@ def build_cuts(settings: Settings, world: World) -> Cuts:
                 cuts.every.append(_build(cuts, placed, lanes))
         leaving.pop_all()
     return cuts
+
+
+def _with_room(
+    model: DecoderModel | OneShotModel, world: World, layouts: tuple[Layout, ...]
+) -> tuple[World, tuple[Layout, ...]]:
+    """Leave out whole replicas where they do not fit, with a note; all ranks call it.
+
+    Raises:
+        UsageError: nothing else was asked for.
+    """
+    if REPLICAS not in layouts or not isinstance(model, DecoderModel):
+        return world, layouts
+    if all(world.gather_json(fits_alone(model, world))):
+        return world, layouts
+    others = tuple(layout for layout in layouts if layout != REPLICAS)
+    needed = f"a whole model of {model.config.weights:,} parameters does not fit one rank's device"
+    remedy = "give --shard pp or tp, fewer slots or a smaller --dtype"
+    if not others:
+        raise UsageError(f"{needed}: {remedy}")
+    note = Finding("info", "replicas-left-out", f"{needed}: replicas were left out", remedy=remedy)
+    return replace(world, findings=(*world.findings, note)), others
 
 
 def _model(settings: Settings) -> DecoderModel | OneShotModel:

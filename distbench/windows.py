@@ -28,7 +28,7 @@ LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
 RULED = (None, "VALID", "SHORTENED", "INVALID")
 """Words of the rules, the worst last."""
-NOTED = (JUDGED_BY_ALL, "straggler")
+NOTED = (JUDGED_BY_ALL, "straggler", "replicas-left-out")
 """Codes of notes that stand there as well; of a straggler, where most windows name it."""
 SHOWN = 8
 """Windows that a finding names."""

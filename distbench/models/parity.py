@@ -23,11 +23,23 @@ from distbench.sut import run_indices
 
 if TYPE_CHECKING:
     from distbench.parallel import Placed
+    from distbench.world import World
 
 COMPARED = 8
 """Samples that are compared at most, of each lane."""
 FORCED = 4
 """Decode steps of each whose logits are compared."""
+
+
+def fits_alone(model: DecoderModel, world: World) -> bool:
+    """Tell whether every rank of this host could hold the whole model now, weights and caches."""
+    dtype = TORCH_DTYPES[model.dtype]
+    caches = model.slots * slot_bytes(model.config, model.length, dtype)
+    whole = model.config.weights * dtype.itemsize + caches
+    place = torch.device(world.device.type, world.device.index)
+    if place.type == "cpu":  # whose ranks have one memory together
+        place, whole = torch.device("cpu"), whole * world.local_world_size
+    return whole < USABLE * available_bytes(place)
 
 
 def fits_beside(model: DecoderModel, placed: Placed) -> bool:

@@ -173,6 +173,43 @@ def test_decoding_of_noise_breaks_parity(tmp_path: Path) -> None:
     assert result["verdict"]["status"] == "INVALID"
 
 
+def crowded(folder: str) -> dict[str, Any]:
+    """On each rank: devices too small for the whole model."""
+    from distbench import cuts
+
+    for name in ("fits_alone", "fits_beside"):
+        setattr(cuts, name, lambda *_: False)
+    return measured(["pp2", "replicas"], LLAMA, folder)
+
+
+def test_a_model_that_fits_no_single_device(tmp_path: Path) -> None:
+    """A twin of two layers vouches for it, and replicas are left out."""
+    result = run_ranks(crowded, 2, str(tmp_path))[0]
+    (row,) = rows(result, "layouts")
+    assert row["layout"] == "pp2"
+    told = result["window"]["sharding"]["plan"]["told"]["pp2"]["parity"]
+    assert (told["layers"], told["logit_error"]) == (2, 0.0)
+    assert "replicas-left-out" in [each["code"] for each in result["verdict"]["findings"]]
+
+
+def mixed(folder: str) -> str:
+    """On each rank: another dtype, which ranks would hang on if they began to send."""
+    from distbench.errors import UsageError
+
+    try:
+        measured(["pp2"], LLAMA, folder, dtype="bf16" if os.environ["RANK"] == "1" else "")
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+def test_mixed_dtypes_are_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    told = run_ranks(mixed, 2, str(tmp_path))
+    assert told[0] == told[1]
+    assert "the ranks differ in --dtype" in told[0]
+    assert '"bf16" on rank 1' in told[0]
+
+
 def served(folder: str) -> dict[str, Any]:
     """On each rank: a pipeline under Server."""
     from distbench.load import Load

@@ -70,6 +70,7 @@ REMEDIES = {
     "rank-lost": "whether the process was killed",
     "rank-missing": "copy its rank folder from its host",
     "rank-terminated": "what was measured until then is kept",
+    "replicas-left-out": "give --shard pp or tp",
     "rules-marginal": "lower the rate a little",
     "rules-too-short": "give --duration",
     "samples-capped": "give a shorter --duration",
