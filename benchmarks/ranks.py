@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py
     python benchmarks/ranks.py --rounds 5 --json ranks.json
+    python benchmarks/ranks.py --parts lock,digits
 
 Each round starts torchrun with two ranks of the Sleep SUT, whose answers are known:
 - one rank slower by a tenth: it alone must be named, and a tenth lie in the interval of its cost;
@@ -18,6 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +94,21 @@ def stragglers(report: Report, rounds: int) -> None:
     report.say(f"equal ranks: nobody named in {spared} of {rounds}")
 
 
-def efficiencies(report: Report, rounds: int) -> None:
+CASES = {
+    "sleep": ("two Sleep replicas", 1.0, (*SLEEP, "--duration", "1s")),
+    "lock": (
+        "1 ms free, 4 ms locked",
+        5 / 8,
+        ("--model", "known:locked", "--batch-size", "1", "--duration", "1s"),
+    ),
+}
+PARTS = ("stragglers", *CASES, "digits")
+
+
+def efficiencies(report: Report, rounds: int, parts: Sequence[str]) -> None:
     """Two Sleep replicas, and two that share a lock."""
-    cases = {
-        "two Sleep replicas": (1.0, (*SLEEP, "--duration", "1s")),
-        "1 ms free, 4 ms locked": (
-            5 / 8,
-            ("--model", "known:locked", "--batch-size", "1", "--duration", "1s"),
-        ),
-    }
     rows, lines = [], []
-    for name, (truth, options) in cases.items():
+    for name, truth, options in (CASES[part] for part in parts):
         values, held = [], 0
         for _ in range(rounds):
             found = run("coordinated", *options)["metrics"]["efficiency"]
@@ -110,7 +116,8 @@ def efficiencies(report: Report, rounds: int) -> None:
             held += found["ci_low"] <= truth <= found["ci_high"]
         rows.append(Row(name, values))
         lines.append(f"{name}: {truth:g} within the interval in {held} of {rounds}")
-    report.table("Efficiency of 2 ranks", rows)
+    if rows:
+        report.table("Efficiency of 2 ranks", rows)
     for each in lines:
         report.say(each)
 
@@ -129,12 +136,17 @@ def main() -> None:
     """Do all rounds and print."""
     made = parser(__doc__)
     made.add_argument("--rounds", type=int, default=20, help="of each known answer (20)")
+    made.add_argument("--parts", default=",".join(PARTS), help="which of them, by comma (all)")
     made.add_argument("--again", type=int, default=5, help="runs of the digits model (5)")
     options = made.parse_args()
-    report = Report("ranks", vars(options))
-    stragglers(report, options.rounds)
-    efficiencies(report, options.rounds)
-    digits(report, options.again)
+    report, parts = Report("ranks", vars(options)), options.parts.split(",")
+    if wrong := [part for part in parts if part not in PARTS]:
+        made.error(f"--parts {wrong[0]}: there are {', '.join(PARTS)}")
+    if "stragglers" in parts:
+        stragglers(report, options.rounds)
+    efficiencies(report, options.rounds, [part for part in CASES if part in parts])
+    if "digits" in parts:
+        digits(report, options.again)
     report.end(options.json)
 
 
