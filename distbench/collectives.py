@@ -32,8 +32,7 @@ from distbench.cli import (
     read_words,
 )
 from distbench.clock import Now
-from distbench.command import options_but, start_command
-from distbench.errors import EXIT_INCOMPLETE, EXIT_OK, EXIT_STRICT
+from distbench.command import options_but, report_run, start_command
 from distbench.operations import ITEM_BYTES, OPERATIONS, Asked, read_sizes
 from distbench.samples import SampleLog
 from distbench.settings import Settings
@@ -192,15 +191,7 @@ def main(argv: Sequence[str]) -> int:
 
     with join(backend=v["backend"], device=v["device"]) as world:
         run = measure_collectives(world, asked, settings)
-        if world.rank != 0:
-            return EXIT_OK
-        result = run.result()
-        sys.stdout.write(f"{run.report()}results  {run.folder}\n")
-        sys.stdout.flush()
-    verdict = result["verdict"]["status"]
-    if verdict == "INCOMPLETE":
-        return EXIT_INCOMPLETE
-    return EXIT_STRICT if v["strict"] and verdict != "VALID" else EXIT_OK
+        return report_run(run, world.rank, v["strict"])
 
 
 if __name__ == "__main__":

@@ -182,15 +182,25 @@ def run_scenario(
             run = measure(sut, world, settings)
         finally:
             sut.close()
-        if world.rank != 0:
-            return EXIT_OK
-        result = run.result()
-        sys.stdout.write(f"{run.report()}results  {run.folder}\n")
-        sys.stdout.flush()
-    verdict = result["verdict"]["status"]
+        return report_run(run, world.rank, values.values["strict"])
+
+
+def report_run(run: Run | Windows, rank: int, strict: bool) -> int:
+    """Print the report on rank 0; returns the exit status.
+
+    Args:
+        run: what was measured.
+        rank: this one.
+        strict: whether anything but VALID is a failure.
+    """
+    if rank != 0:
+        return EXIT_OK
+    verdict = run.result()["verdict"]["status"]
+    sys.stdout.write(f"{run.report()}results  {run.folder}\n")
+    sys.stdout.flush()
     if verdict == "INCOMPLETE":
         return EXIT_INCOMPLETE
-    return EXIT_STRICT if values.values["strict"] and verdict != "VALID" else EXIT_OK
+    return EXIT_STRICT if strict and verdict != "VALID" else EXIT_OK
 
 
 def _load(settings: Settings, world: World) -> SystemUnderTest:

@@ -240,9 +240,8 @@ def following(sut: Any, world: World) -> Iterator[None]:
         except Exception as error:  # whatever it is: the others would wait for this rank
             # A link that broke: the side thread knows in a moment who was lost, and ends.
             if not world.side.ending.wait(KNOWN_S):
-                world.side.progress = partial(
-                    _raise, error
-                )  # at its next look it tells all, and ends
+                # At its next look it tells all ranks, and ends.
+                world.side.progress = partial(_raise, error)
 
     thread = Thread(target=keep_following, name="distbench-follow", daemon=True)
     thread.start()

@@ -94,9 +94,10 @@ class PipelineEngine:
                 work.wait()
                 self.watch.end_wait(told.numel() * 8)
             tokens: list[int] = told.tolist()
+            stamp_ns = self.now()  # they are on the host: what follows is bookkeeping
             self._advance(lane, step, told)
         self._resting.append(lane)
-        return self._lanes[lane].landed(tokens, self.now())
+        return self._lanes[lane].landed(tokens, stamp_ns)
 
     def logits(self, lane: int, prompts: Sequence[bytes], forced: Sequence[bytes]) -> Tensor:
         """Return what the model makes of prompts and of given tokens after them, in one lane.
