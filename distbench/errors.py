@@ -12,6 +12,8 @@ functions turn an error into an exit status; the library raises.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USAGE = 2
@@ -54,6 +56,25 @@ class IncompleteError(DistbenchError):
 
 class ClockError(DistbenchError):
     """Exchanges between two clocks contradict each other, so no offset can be stated."""
+
+
+@dataclass(frozen=True)
+class End:
+    """Why a run ends early.
+
+    Attributes:
+        code: "lost", "failed" or "terminated".
+        rank: whose doing it is.
+        host: its host.
+        sentence: what happened and what to do.
+        exit_code: what this process ends with.
+    """
+
+    code: str
+    rank: int
+    host: str
+    sentence: str
+    exit_code: int
 
 
 def where(rank: int, host: str) -> str:

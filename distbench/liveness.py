@@ -24,8 +24,8 @@ from dataclasses import asdict
 
 from distbench import pings, wire
 from distbench.clock import ClockModel, Exchange, Now, measure_exchange, now_ns
-from distbench.errors import ClockError, DistbenchError, IncompleteError
-from distbench.wire import End, Link, LinkClosed, Seat
+from distbench.errors import ClockError, DistbenchError, End, IncompleteError
+from distbench.wire import Link, LinkClosed, Seat
 
 TICK_S, SILENCE_S = 1.0, 5.0
 EXCHANGE_TRIPS, WINDOW_TRIPS = 100, 3  # in the window each trip takes the loop's interpreter lock

@@ -19,14 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distbench import files
-from distbench.errors import UsageError, where
+from distbench.errors import End, UsageError, where
 from distbench.files import write_manifest
 from distbench.liveness import IDLE
 from distbench.rank_files import write_done
 from distbench.run import Run, rank_folder
 from distbench.samples import SampleLog
 from distbench.windows import load_run
-from distbench.wire import End
 
 if TYPE_CHECKING:
     from distbench.world import World

@@ -15,7 +15,7 @@ import numpy as np
 
 from distbench import finish, record, start
 from distbench.environment import schedstat
-from distbench.errors import DistbenchError, where
+from distbench.errors import DistbenchError, End, where
 from distbench.preamble import describe_after, describe_rank
 from distbench.prepare import (
     OPTIONAL,
@@ -32,7 +32,6 @@ from distbench.settings import Settings
 from distbench.steady import UNTIL_LEAST
 from distbench.sut import SystemUnderTest, collector
 from distbench.windows import Windows, until
-from distbench.wire import End
 
 if TYPE_CHECKING:
     from distbench.engines.stopwatch import Stopwatch

@@ -33,6 +33,8 @@ ECHO_TIMEOUT_S = 5.0
 FRAME_LIMIT_BYTES = 64 << 20
 HELLO_TIMEOUT_S = 2.0
 """A rank says who it is with its first packet; strays are greeted one after the other."""
+CALLS = 3
+"""After a lost SYN Linux sends a lost first packet again after 3 s: a rank taken for a stray."""
 HELLO_LIMIT_BYTES = 4096
 """What is read from a caller before it has shown the token."""
 _told: set[str] = set()
@@ -60,25 +62,6 @@ class Seat:
 
     def __str__(self) -> str:
         return where(self.rank, self.host)
-
-
-@dataclass(frozen=True)
-class End:
-    """Why a run ends early.
-
-    Attributes:
-        code: "lost", "failed" or "terminated".
-        rank: whose doing it is.
-        host: its host.
-        sentence: what happened and what to do.
-        exit_code: what this process ends with.
-    """
-
-    code: str
-    rank: int
-    host: str
-    sentence: str
-    exit_code: int
 
 
 class LinkClosed(DistbenchError):
@@ -174,7 +157,7 @@ class Link:
                 raise
             except OSError as error:
                 raise LinkClosed(f"the link to {self.seat} broke: {error}") from error
-            if not self._unread:
+            if piece and not self._unread:
                 self.arrived_ns = self.clock()
             if not piece:
                 raise LinkClosed(f"{self.seat} closed its link")
@@ -277,6 +260,29 @@ def open_link(
     Raises:
         UsageError: the other end cannot be reached, or the path loses large packets.
     """
+    for call in range(1, CALLS + 1):
+        link = _connected(address, own, source, timeout_s, to, role)
+        try:
+            hello = {"token": token, "seat": asdict(own), "role": role}
+            link.send(HELLO, json.dumps(hello).encode())
+            _, answer = link.receive(HELLO_LIMIT_BYTES)
+            link.seat = read_seat(json.loads(answer))
+            break
+        except (TimeoutError, LinkClosed, ValueError) as error:
+            link.close()
+            if call == CALLS or link.arrived_ns or isinstance(error, TimeoutError):
+                why = "it has another token, or serves another run (--driver-token)"
+                raise UsageError(
+                    f"{own} reached {to} at {address[0]}, which hung up: {why if role else error}"
+                ) from error
+    link.connection.settimeout(ECHO_TIMEOUT_S)
+    echo(link, own, answers=False)
+    return link
+
+
+def _connected(
+    address: tuple[str, int], own: Seat, source: str, timeout_s: float, to: str, role: str
+) -> Link:
     try:
         connection = socket.create_connection(address, timeout_s, (source, 0))
     except OSError as error:
@@ -289,19 +295,6 @@ def open_link(
         ) from error
     link = Link(_tuned(connection), Seat(0, address[0], "", "", 0))
     connection.settimeout(timeout_s)  # rank 0 greets one caller after the other, strays included
-    try:
-        hello = {"token": token, "seat": asdict(own), "role": role}
-        link.send(HELLO, json.dumps(hello).encode())
-        _, answer = link.receive(HELLO_LIMIT_BYTES)
-        link.seat = read_seat(json.loads(answer))
-    except (TimeoutError, LinkClosed, ValueError) as error:
-        link.close()
-        why = str(error)
-        if role:
-            why = "it has another token, or serves another run (--driver-token)"
-        raise UsageError(f"{own} reached {to} at {address[0]}, which hung up: {why}") from error
-    connection.settimeout(ECHO_TIMEOUT_S)
-    echo(link, own, answers=False)
     return link
 
 
@@ -312,7 +305,10 @@ def _tuned(connection: socket.socket) -> socket.socket:
 
 
 def greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
-    """Return the caller's link, with its role, if it shows the token, else None, which is told."""
+    """Return the caller's link, with its role, if it shows the token, else None, which is told.
+
+    Each address is told of once: a port scanner may call without end.
+    """
     link = _greeted(connection, own, token)
     if link is None:
         _tell_stray(connection, own)
@@ -320,7 +316,6 @@ def greet(connection: socket.socket, own: Seat, token: str) -> Link | None:
 
 
 def _tell_stray(connection: socket.socket, own: Seat) -> None:
-    """Say who was hung up on, each address once: a port scanner may call without end."""
     with contextlib.suppress(OSError, ValueError):  # whoever reset the connection has no address
         caller = str(connection.getpeername()[0])
         if caller not in _told:

@@ -27,13 +27,12 @@ from numpy.typing import NDArray
 
 from distbench import network
 from distbench.clock import Now, now_ns
-from distbench.errors import DistbenchError, ModelError, UsageError, where
+from distbench.errors import DistbenchError, End, ModelError, UsageError, where
 from distbench.findings import Finding
 from distbench.gpus import Device, choose_device, lock_gpu
 from distbench.liveness import SideThread
 from distbench.probe import probe_collectives
 from distbench.seating import Place, open_links, read_place
-from distbench.wire import End
 
 JOIN_TIMEOUT_S = 300.0
 COLLECTIVE_TIMEOUT_S = 30.0
