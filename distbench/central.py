@@ -10,7 +10,7 @@ from __future__ import annotations
 import select
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -24,16 +24,16 @@ from distbench.dispatch import COLUMNS, TOKEN_COLUMNS, WORD
 from distbench.errors import DRIVER, ClockError, DistbenchError, UsageError
 from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
 from distbench.liveness import EXCHANGE_TRIPS, WINDOW_TRIPS
-from distbench.prepare import Course, Cue, Part
+from distbench.mlperf_files import write_texts
+from distbench.prepare import Cue, Part
 from distbench.run import SCHEMA_VERSION, RankRecord, read_record
 from distbench.samples import SampleLog
-from distbench.server import SERVER, draw
-from distbench.settings import SAMPLE_LIMIT
 from distbench.spawn import payload_module, start_driver
+from distbench.suite import benchmark, encoder
 from distbench.sut import Collect, Indices, SystemUnderTest
 from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, tell
 from distbench.wire import Link, LinkClosed, Seat
-from distbench.worker import loaded, serve
+from distbench.worker import serve
 
 if TYPE_CHECKING:
     from distbench.record import Folder
@@ -54,6 +54,7 @@ class Dispatch:
         process: on rank 0, the driver, where it was started here.
         exchanges: on rank 0, what was measured with the driver's clock.
         problem: why this rank lost the driver in a window; "" where it did not.
+        apart: whether the driver was started on its own, for runs of LoadGen over a network.
         lost: whether the driver ended early; alike on all ranks.
     """
 
@@ -67,6 +68,7 @@ class Dispatch:
         self.exchanges: list[Exchange] = []
         self.problem, self.lost = "", False
         self._payload = ""
+        self.apart = False
         self._folder: Path | None = None
         self._before: dict[str, Any] = {}
         self._plan: dict[str, int] = {}
@@ -217,7 +219,8 @@ class Dispatch:
             UsageError: its disk has no room; all ranks raise it.
         """
         problem: DistbenchError | None = None
-        if self.control is not None and self.part is not None and self.part.due_ns is not None:
+        part = self.part
+        if self.control is not None and part is not None:
             parts = folder.path.relative_to(self._output()).parts
             self._folder = folder.path / "driver"
             made = before["schedule"]
@@ -236,12 +239,14 @@ class Dispatch:
                 "turn": self.settings.seed % self.world.world_size,
                 "backlog": made["backlog"],
                 "findings": [],
-            }
+            } | {name: before[name] for name in ("official",) if name in before}
             more = [name for name in TOKEN_COLUMNS if name in before["columns"]]
             self._before["columns"] += more
             asked = {"do": "window", "folder": parts, "before": self._before, "columns": more}
             try:
-                tell(self.control, asked, self.part.due_ns, self.part.order)
+                # Of LoadGen's order and schedule nothing is told before.
+                arrays = ([], []) if part.due_ns is None else (part.due_ns, part.order)
+                tell(self.control, asked, *arrays)
                 self._answered("make its log", CALL_S)
             except DistbenchError as error:
                 problem = error
@@ -266,8 +271,12 @@ class Dispatch:
 
             side.on_tick = measured
         try:
+            wait_ns, encode = part.made["max_wait_ns"], None
+            if "official" in part.made:
+                encode = encoder(benchmark(part.made["official"]["benchmark"]))
+            name = f"{self.settings.model_name} on {self.world.host}"
             self.problem = serve(
-                sut, log, self.channel, collect, cue, part.group, part.made["max_wait_ns"]
+                sut, log, self.channel, collect, cue, part.group, wait_ns, encode, name
             )
         finally:
             side.on_tick = tick
@@ -298,8 +307,10 @@ class Dispatch:
         try:
             self._answered("end the window", CALL_S)
             tell(control, {"do": "fetch"})
-            told, (flat,) = self._answered("hand over its log", LOAD_S)
-        except DistbenchError as error:
+            told, (flat, *texts) = self._answered("hand over its log", LOAD_S)
+            if texts and self._folder is not None:
+                write_texts(self._folder.parent / "loadgen", told["texts"], texts)
+        except (DistbenchError, OSError) as error:
             return self._left(str(error))
         rows = flat.reshape(-1, len(told["before"]["columns"]))
         return RankRecord(DRIVER, told["before"], told["after"], rows)
@@ -342,43 +353,6 @@ def _await(channel: Channel, within_s: float) -> bytes:
             if kind in (LOAD, UNLOAD):
                 return data  # a pulse may come before it
     raise ChannelLost(f"nothing came from the driver within {within_s:.0f} s")
-
-
-COURSE_COLUMNS = (*SERVER.columns, "query")
-
-
-def central_course(dispatch: Dispatch) -> Course:
-    """Return how Server fills a window under central dispatch."""
-
-    def part(_rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]) -> Part:
-        drawn, replicas = draw(sut, settings, len(rates)), len(rates)
-        queries = len(drawn.due_ns)
-        if settings.samples == "shard":
-            raise _agreed(
-                "central dispatch brings all samples to rank 0, and --samples shard leaves them on "
-                "their ranks: leave it out, or use --dispatch static"
-            )
-        if queries > SAMPLE_LIMIT:
-            raise _agreed(
-                f"central dispatch brings all samples to rank 0, {SAMPLE_LIMIT:,} at most, and "
-                f"{queries:,} are asked for: shorten the window, or use --dispatch static"
-            )
-        # How many queries a rank will serve is not known: each has room for all.
-        each = [-(-queries // replicas)] * replicas
-        made = Part(drawn.index, each, settings.group, due_ns=drawn.due_ns, made=drawn.made)
-        dispatch.part = made
-        return made
-
-    return replace(
-        SERVER, harness=loaded, drive=dispatch.drive, part=part, columns=COURSE_COLUMNS,
-        central=dispatch,
-    )  # fmt: skip
-
-
-def _agreed(sentence: str) -> UsageError:
-    error = UsageError(sentence)
-    error.agreed = True
-    return error
 
 
 @contextmanager

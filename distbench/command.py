@@ -119,13 +119,9 @@ def settings_from(module: str, values: Values, argv: Sequence[str], **more: Any)
     read = {name: value for name, value in values.values.items() if name in common}
     for name in ("samples", "dtype"):
         read[name] = read.get(name) or ""
-    own = {FIELDS.get(name, name): value for name, value in read.items()} | more
-    return Settings(
-        config=values.config(),
-        command=command_line(module, argv),
-        model_name=values.values["model"],
-        **own,
-    )
+    own = {"model_name": values.values["model"]}
+    own |= {FIELDS.get(name, name): value for name, value in read.items()} | more
+    return Settings(config=values.config(), command=command_line(module, argv), **own)
 
 
 def measure_joined(

@@ -7,7 +7,9 @@ being drawn from the seed. Queueing theory calls it join the shortest queue.
 
 from __future__ import annotations
 
+import os
 import select
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,13 +25,14 @@ from distbench.frames import (
     LEFT,
     PULSE,
     PULSE_NS,
+    QUERIES,
     QUERY,
     RAISED,
     WHOLE,
     Channel,
     Frame,
 )
-from distbench.samples import FAILED, PENDING, SampleLog
+from distbench.samples import FAILED, PENDING, Array, SampleLog
 
 FOREVER = 2**63 - 1
 BURST = 32
@@ -202,33 +205,66 @@ class Hub:
         self._posted: dict[Channel, None] = {}
         self._behind: dict[Channel, None] = {}
         self._pulse = 0
+        self._lock = threading.Lock()  # LoadGen's thread posts while another one waits
+        self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._others[self._bell] = self._hush
+        self._watched.append(self._bell)
 
     def post(self, place: int, seq: int, index: int) -> None:
         """Add a query, with its sample where there is one, to what ``flush`` sends."""
         channel = self.channels[place]
-        channel.post(QUERY, seq, index, self.data.get(index, b""))
+        with self._lock:
+            channel.post(QUERY, seq, index, self.data.get(index, b""))
+        self._posted[channel] = None
+
+    def post_many(self, place: int, seq: int, indices: Array) -> None:
+        """Add queries numbered from ``seq`` on, in one piece where only indices are sent."""
+        if self.data:
+            for each, index in enumerate(indices.tolist(), seq):
+                self.post(place, each, index)
+            return
+        channel = self.channels[place]
+        with self._lock:
+            channel.post(QUERIES, seq, len(indices), indices.astype("<i8").tobytes())
         self._posted[channel] = None
 
     def flush(self) -> None:
         """Send what was posted; what an end does not take now goes with the next wait."""
-        for channel in self._posted:
-            if not channel.flush():
-                self._behind[channel] = None
+        with self._lock:
+            behind = [each for each in self._posted if not each.flush()]
+            self._behind |= dict.fromkeys(behind)
         self._posted.clear()
+        if behind:
+            self.wake()
+
+    def tell(self, kind: int, one: int, data: bytes) -> None:
+        """Send one frame to every replica."""
+        with self._lock:
+            for channel in self.channels:
+                channel.post(kind, one, 0, data)
+                if not channel.flush():
+                    self._behind[channel] = None
+        self.wake()
+
+    def wake(self) -> None:
+        """End a wait of another thread, which then sends what is left."""
+        os.eventfd_write(self._bell, 1)
+
+    def _hush(self) -> None:
+        os.eventfd_read(self._bell)
 
     def wait(self, until_ns: int) -> list[tuple[int, list[Frame]]]:
-        """Return what the replicas sent; empty at ``until_ns``."""
+        """Return what the replicas sent; empty at ``until_ns``, or after ``wake``."""
         while True:
             stamp = self.now()
             if stamp >= self._pulse:
                 self._beat(stamp)
             if self._behind:
-                self._behind = {each: None for each in self._behind if not each.flush()}
+                with self._lock:
+                    self._behind = {each: None for each in self._behind if not each.flush()}
             # Never epoll, whose waits are whole milliseconds.
-            asleep = min(until_ns, self._pulse) - stamp - self.spin_ns
-            if self._behind:
-                asleep = min(asleep, 1_000_000)
-            ready = select.select(self._watched, (), (), max(0, asleep) / 1e9)[0]
+            asleep = max(0, min(until_ns, self._pulse) - stamp - self.spin_ns) / 1e9
+            ready, writable, _ = select.select(self._watched, list(self._behind), (), asleep)
             found = []
             for fd in ready:
                 if fd in self._places:
@@ -236,15 +272,16 @@ class Hub:
                     found.append((place, self.channels[place].read()))
                 else:
                     self._others[fd]()
-            if found or self.now() >= until_ns:
+            if found or self._bell in ready or (not writable and self.now() >= until_ns):
                 return found
 
     def _beat(self, stamp: int) -> None:
         self._pulse = stamp + PULSE_NS
-        for channel in self.channels:
-            channel.post(PULSE, 0, 0)
-            if not channel.flush():
-                self._behind[channel] = None
+        with self._lock:
+            for channel in self.channels:
+                channel.post(PULSE, 0, 0)
+                if not channel.flush():
+                    self._behind[channel] = None
 
     def end(self, ledger: Ledger, halted: bool) -> None:
         """Tell the replicas that no more queries come, and wait until each has left its loop."""

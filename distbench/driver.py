@@ -29,12 +29,13 @@ from typing import Any, NoReturn
 import numpy as np
 
 import distbench
-from distbench import files, pings, wire
+from distbench import files, loadgen, pings, wire
 from distbench.cli import Option, parse, run_command, whole
 from distbench.clock import clock_domain, now_ns
 from distbench.dispatch import COLUMNS, DriverEnded, Hub, Ledger, dispatch_loop, settle
-from distbench.errors import DRIVER, EXIT_OK, DistbenchError, UsageError
+from distbench.errors import DRIVER, EXIT_INCOMPLETE, EXIT_OK, DistbenchError, UsageError
 from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
+from distbench.mlperf_files import EXTRAS, as_numbers, texts_in, told
 from distbench.rank_files import write_done
 from distbench.samples import SampleLog
 from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, take_link, tell
@@ -177,6 +178,10 @@ class Driver:
     def _open(self, asked: dict[str, Any], arrays: list[Any]) -> Any:
         """Make a window's folder and log, with the schedule that rank 0 drew."""
         due_ns, order = arrays
+        official = asked["before"].get("official")
+        if official:
+            loadgen.check_installed(official["loadgen"], EXTRAS[official["round"]])
+            due_ns = order = np.zeros(official["capacity"], np.int64)
         parts = asked["folder"]
         if not parts or any(
             each in ("", ".", "..") or "/" in each or "\0" in each for each in parts
@@ -187,6 +192,8 @@ class Driver:
         before = asked["before"] | self._described() | {"columns": columns}
         try:
             folder.mkdir(parents=True)
+            if official:
+                (folder.parent / "loadgen").mkdir()
             log = SampleLog.create(folder / "samples.npy", len(due_ns), columns)
             log.index[:] = order
             log.served_by[:] = -1
@@ -217,22 +224,66 @@ class Driver:
         window, after = self.window, self.window.after
         after |= {"plan": asked["plan"], "started_ns": None, "end": None, "errors": []}
         after |= {"used": window.log.capacity, "halted": False, "disk_error": ""}
+        run = self._run_loadgen if "official" in window.before else self._run
         try:
-            self._run(window, self.hub, asked["plan"]["local_ns"])
+            run(window, self.hub, asked["plan"]["local_ns"])
         except (DistbenchError, OSError) as error:
-            after["end"] = {
-                "code": "failed",
-                "rank": DRIVER,
-                "host": self.own.host,
-                "sentence": f"{self.own} ended early: {error}",
-                "exit_code": 6,
-            }
+            self._note_end(window, error)
             raise
         finally:
-            with contextlib.suppress(OSError):  # the samples are in their file all the same
-                files.write_json(window.folder / "after.json", after)
-                write_done(window.folder)
+            self._save(window)
         return {}, []
+
+    def _note_end(self, window: Window, error: Exception) -> None:
+        window.after["end"] = {
+            "code": "failed",
+            "rank": DRIVER,
+            "host": self.own.host,
+            "sentence": f"{self.own} ended early: {error}",
+            "exit_code": 6,
+        }
+
+    def _save(self, window: Window) -> None:
+        with contextlib.suppress(OSError):  # the samples are in their file all the same
+            files.write_json(window.folder / "after.json", window.after)
+            write_done(window.folder)
+
+    def _run_loadgen(self, window: Window, hub: Hub, begin_ns: int) -> None:
+        """Let LoadGen drive, from the agreed instant on; its own words are taken from its logs."""
+        log, after, official = window.log, window.after, window.before["official"]
+        folder = window.folder.parent / "loadgen"
+        session = loadgen.Session(
+            hub, log, window.before["turn"], now_ns, self._give_up, official["tokens"]
+        )
+        with quiet():
+            switches, delay_ns = schedstat()
+            after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
+            loadgen.run_loadgen(session, official, folder)
+            after["ended_ns"] = now_ns()
+            switches_after, delay_after_ns = schedstat()
+            session.leave()
+        after["raised"] = session.raised
+        after["quiet"] = {
+            "involuntary_switches": switches_after - switches,
+            "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
+            "window_ns": after["ended_ns"] - after["started_ns"],
+        }
+        used = after["used"] = len(session.ids)
+        log.count[:used] = 1
+        log.scheduled[:used] = log.ready[:used] = log.issued[:used]
+        after["loadgen"] = told(folder, official)
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        """End the process: LoadGen waits for what is outstanding, and nothing can stop it.
+
+        Its logs stay as far as it has written them.
+        """
+        assert self.window is not None
+        self._note_end(self.window, error)
+        self._save(self.window)
+        with contextlib.suppress(Exception):
+            tell(self.control, {"error": self.window.after["end"]["sentence"]})
+        os._exit(EXIT_INCOMPLETE)
 
     def _run(self, window: Window, hub: Hub, begin_ns: int) -> None:
         log, before, after = window.log, window.before, window.after
@@ -260,7 +311,15 @@ class Driver:
         """Hand the last window's record to rank 0."""
         assert self.window is not None
         window, self.window = self.window, None
-        return {"before": window.before, "after": window.after}, [window.log.rows.reshape(-1)]
+        rows = window.log.rows[: window.after["used"]]
+        texts = []
+        if "official" in window.before:
+            texts = texts_in(window.folder.parent / "loadgen")
+        return {
+            "before": window.before,
+            "after": window.after,
+            "texts": [[name, len(blob)] for name, blob in texts],
+        }, [rows.reshape(-1), *(as_numbers(blob) for _, blob in texts)]
 
 
 def encoder(module: str) -> Callable[[Sequence[int]], Sequence[bytes]]:

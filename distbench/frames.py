@@ -11,6 +11,15 @@ A frame is a kind, how many bytes of data follow it, and two integers:
     LOAD, UNLOAD   n, 0   to a worker, with n sample indices as data; untimed
     LOADED n, 0           from a worker: done
 
+and where LoadGen drives, whose samples come in one piece and whose log holds the answers:
+
+    QUERIES  seq, n       to a worker: serve n queries from this number on; their indices follow
+    DONE                  as above, with the answer as data
+    DONES    seq, n       from a worker: n queries from this number on have ended; either nothing
+                          follows, or the length of each answer, then the answers
+    NAME     0, 0         to a worker: what serves there?
+    NAMED    0, 0         from a worker: its name follows
+
 What is posted together is sent together, and all that has come is read at once. Nothing is
 unpickled.
 """
@@ -22,11 +31,14 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Sequence
 
 from distbench.errors import DistbenchError
 
 FRAME = struct.Struct("<IIqq")
-QUERY, DONE, FIRST, PULSE, END, LEFT, LOAD, UNLOAD, LOADED = range(1, 10)
+QUERY, DONE, FIRST, PULSE, END, LEFT, LOAD, UNLOAD, LOADED, QUERIES, DONES, NAME, NAMED = range(
+    1, 14
+)
 WHOLE, HALTED, LOST, RAISED = range(4)
 """Codes of END and LEFT; LOST is never sent: it is what the end of a link reads as."""
 FAILED_TOKENS = -1
@@ -42,6 +54,33 @@ _LIMIT = struct.pack("ll", WAIT_S, 0)  # struct timeval
 
 Frame = tuple[int, int, int, bytes]
 """Kind, the two integers, and the data."""
+
+
+def packed(answers: Sequence[bytes]) -> bytes:
+    """Return what follows DONES: nothing where all answers are empty."""
+    if not any(answers):
+        return b""
+    lengths = struct.pack(f"<{len(answers)}I", *map(len, answers))
+    return lengths + b"".join(answers)
+
+
+def unpacked(count: int, data: bytes) -> list[bytes]:
+    """Return the answers that follow DONES.
+
+    Raises:
+        ValueError: it is not what ``packed`` makes of so many.
+    """
+    if not data:
+        return [b""] * count
+    if len(data) < 4 * count:
+        raise ValueError(f"{len(data)} bytes hold no {count} answers")
+    found, at = [], 4 * count
+    for length in struct.unpack_from(f"<{count}I", data):
+        found.append(data[at : at + length])
+        at += length
+    if at != len(data):
+        raise ValueError(f"{len(data)} bytes hold answers of {at}")
+    return found
 
 
 class ChannelLost(DistbenchError):
@@ -145,7 +184,7 @@ class Channel:
         at, space, found = 0, self._space, []
         while end - at >= FRAME.size:
             kind, size, one, other = FRAME.unpack_from(space, at)
-            if not QUERY <= kind <= LOADED or size > DATA_LIMIT_BYTES:
+            if not QUERY <= kind <= NAMED or size > DATA_LIMIT_BYTES:
                 raise ChannelLost(f"{self.name} sent what is no frame")
             begin = at + FRAME.size
             if end - begin < size:

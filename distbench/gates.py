@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from distbench.early_stopping import least_queries
 from distbench.rules import Limits
 
-WORDING = "MLPerf-style, not a submission"
+WORDING = "MLPerf-style, unverified"
 NS = 1e9
 
 

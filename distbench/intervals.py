@@ -139,7 +139,7 @@ def steady_rate(pool: Pool, times: Sequence[RankTimes], start_ns: int | None) ->
             f"not steady: rank {', '.join(slow[:8])} had no warm-up that ends in its first half"
         )
         return Steady(None, None, 0, 0.0, 0.0, reason)
-    models = {record.rank: run.clock(record) for record in run.present}
+    models = {record.rank: run.clock(record) for record in run.official}
     begin = start_ns
     for t, each in zip(times, warm, strict=True):
         model = models[t.rank]

@@ -16,7 +16,7 @@ from distbench.intervals import Steady, percentile_intervals, steady_rate
 from distbench.pool import Pool, within
 from distbench.quantiles import RULE
 from distbench.run import RankRecord, Run
-from distbench.scenarios import CENTRAL, Scenario, scenario
+from distbench.scenarios import Scenario, scenario, series_of
 from distbench.stats import Interval
 from distbench.times import LATE_NS, Makespan, RankTimes, since_start_ns
 
@@ -76,7 +76,8 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
     else:
         out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
     out |= _tokens(pool, times, seconds, lost)
-    for name, definition in (kind.series | (CENTRAL if run.driver else {})).items():
+    official = run.first.before.get("official") is not None
+    for name, definition in series_of(kind, run.driver is not None, official).items():
         out |= _latencies(pool, times, name, definition)
     if kind.stream:
         out |= _estimate(pool, times, kind)

@@ -21,7 +21,7 @@ from distbench.laps import laps
 from distbench.quantiles import percentiles_ns
 from distbench.run import RankRecord, Run
 from distbench.samples import FAILED, PENDING
-from distbench.scenarios import Scenario, scenario
+from distbench.scenarios import Scenario, scenario, series_of
 from distbench.times import possible
 
 Series = NDArray[np.int64]
@@ -289,7 +289,7 @@ def facts(record: RankRecord) -> dict[str, Any]:
         "contradicting": _contradicting(record),
         **_tokens(record),
         "laps": laps(record),
-        "series": {name: _sums(series(record, name)) for name in kind.series},
+        "series": {n: _sums(series(record, n)) for n in series_of(kind, bool(record.made))},
         "own": {} if kind.drained else _own(series(record, "latency"), kind),
     }
 

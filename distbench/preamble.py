@@ -130,6 +130,7 @@ def describe_rank(
         "gpu_before": snapshot,
         "foreign_before": _foreign(snapshot),
         "findings": [asdict(f) for f in known] if world.rank == 0 else [],
+        **({"official": part.made["official"]} if part.made and "official" in part.made else {}),
     }
 
 

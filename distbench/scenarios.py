@@ -104,6 +104,24 @@ CENTRAL = {
 """What Server's series are under central dispatch, where a query meets two clocks."""
 
 
+OFFICIAL = {
+    "latency": "completion message - LoadGen's issue, per sample, on the driver's clock",
+    "lateness": "issue - ready on the rank, per sample: by how much the rank's loop was late",
+}
+"""What these are where LoadGen drives, which tells nobody when a query was due."""
+
+
+def series_of(kind: Scenario, driven: bool, official: bool = False) -> dict[str, str]:
+    """Return definitions of a run's series of times, by name.
+
+    Args:
+        kind: the scenario.
+        driven: whether a driver issued.
+        official: whether that was LoadGen.
+    """
+    return kind.series | (CENTRAL if driven else {}) | (OFFICIAL if official else {})
+
+
 def scenario(name: str) -> Scenario:
     """Return what a scenario measures.
 

@@ -251,7 +251,8 @@ def measure_server(sut: SystemUnderTest, world: World, settings: Settings) -> Ru
         from distbench.peak import measure_peak  # noqa: PLC0415  likewise
 
         return measure_peak(SERVER, sut, world, settings)
-    from distbench.central import central_course, open_dispatch  # noqa: PLC0415
+    from distbench.central import open_dispatch  # noqa: PLC0415
+    from distbench.courses import central_course  # noqa: PLC0415
     from distbench.window import measure  # noqa: PLC0415  torch, which --help does without
 
     if settings.load is None or settings.load.dispatch == "static":

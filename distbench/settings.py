@@ -11,6 +11,7 @@ from distbench.cells import Plan
 from distbench.errors import UsageError
 from distbench.layout import ShardPlan
 from distbench.load import Load
+from distbench.official import Official
 from distbench.rules import parse_rules
 from distbench.search import LIMITS
 
@@ -46,6 +47,7 @@ class Settings:
     load: Load | None = None
     scaling: Plan | None = None
     shard: ShardPlan | None = None
+    official: Official | None = None
 
     @property
     def group(self) -> int:

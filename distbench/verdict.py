@@ -14,6 +14,13 @@ from distbench.fabric_verdict import SCENARIO, collectives_result
 from distbench.findings import Finding, status, worst_first
 from distbench.joined import driver_found, driver_section, worker_times
 from distbench.laps import stragglers_found
+from distbench.loadgen_verdict import (
+    figures_of,
+    gates_of,
+    loadgen_found,
+    official_of,
+    rules_section,
+)
 from distbench.metrics import harness
 from distbench.pool import Pool, facts, in_one_place
 from distbench.ruling import bounds_table, marginal, ruled
@@ -43,8 +50,13 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     span = makespan(run, times)
     first = run.first.before
     figures = m.metrics(pool, times, span)
-    rules, gates = ruled(pool, times, span)
     found = findings(pool, times, span, figures, ranks)
+    if official_of(run) is None:
+        rules, gates = ruled(pool, times, span)
+    else:
+        figures, found = figures_of(run, figures), found + loadgen_found(run)
+        gates = gates_of(run, figures)
+        rules = rules_section(run, gates, found)
     tables = bounds_table(pool, times)
     staged, stages = stage_section(run, span)
     figures, tables = figures | staged, tables | stages
@@ -129,6 +141,7 @@ def window_section(run: Run, times: list[RankTimes], span: Makespan) -> dict[str
         "model": first["model"],
         "group": first["group"],
         "load": first.get("load"),
+        "official": first.get("official"),
         "until": first.get("until"),
         "number": place["number"],
         "planned": place["planned"],

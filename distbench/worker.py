@@ -12,24 +12,35 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from distbench.batching import next_batch
 from distbench.clock import Now
 from distbench.frames import (
     DONE,
+    DONES,
     END,
     FAILED_TOKENS,
     FIRST,
     FRAME,
     LEFT,
+    LOAD,
+    LOADED,
     LOST,
+    NAME,
+    NAMED,
+    QUERIES,
     QUERY,
     RAISED,
     SILENCE_S,
+    UNLOAD,
     WHOLE,
     Channel,
     ChannelLost,
+    packed,
 )
 from distbench.prepare import Cue, Groups
 from distbench.samples import FAILED, SampleLog
@@ -43,6 +54,10 @@ SPIN_NS = 50_000
 LEAVE_S = 10.0
 
 
+Encode = Callable[[Sequence[Any]], list[bytes]]
+"""Outputs of a group to the bytes of each."""
+
+
 class Inbox:
     """The queries that came over a channel, in the rows of a log.
 
@@ -53,13 +68,17 @@ class Inbox:
         order: sample index of each row.
         data: each row's sample, where samples cross the wire.
         code: what ended the window, once ``over``.
-        over: whether no more queries come.
+        over: whether no more queries come, or LoadGen has a word first.
+        word: that word, a frame; None without one. Nothing is in flight then.
+        begun: rows of earlier stretches, before a word.
         problem: why the driver was lost; "" where it was not.
     """
 
     def __init__(self, channel: Channel, log: SampleLog, now: Now) -> None:
         self.channel, self.log, self.now = channel, log, now
         self.rows, self.over, self.code, self.problem = 0, False, WHOLE, ""
+        self.word: tuple[int, bytes] | None = None
+        self.begun = 0
         log.used[0], log.query[:] = 0, -1
         self.since = memoryview(array("q", bytes(8 * log.capacity)))
         self.order: Indices = log.index
@@ -96,9 +115,22 @@ class Inbox:
                 if data:
                     self.data.append(data)
                 row += 1
+            elif kind == QUERIES:
+                row = self._take(row, one, other, data, stamp if since_ns is None else since_ns)
             elif kind == END:
                 self.over, self.code = True, one
+            elif kind in (LOAD, UNLOAD, NAME):
+                self.over, self.word = True, (kind, data)
         self.rows = self.log.used[0] = row
+
+    def _take(self, row: int, seq: int, count: int, data: bytes, since_ns: int) -> int:
+        """Take queries that came in one piece; returns the next free row."""
+        end, log = row + count, self.log
+        log.query[row:end] = np.arange(seq, seq + count)
+        log.index[row:end] = np.frombuffer(data, "<i8")
+        log.scheduled[row:end] = self.now()
+        self.since[row:end] = array("q", [since_ns]) * count
+        return end
 
     def wait(self, until_ns: int) -> None:
         """Wait for what arrives, until an instant at most, and take it."""
@@ -134,7 +166,8 @@ def worker_loop(
     """
     cells, issue, poll, depth = log.cells(), sut.issue, sut.poll, sut.depth
     ready, issued, counts = (cells[name] for name in ("ready", "issued", "count"))
-    since, order, now, row, flying, free, worked = inbox.since, log.index, cue.now, 0, 0, 0, True
+    since, order, now, flying, free, worked = inbox.since, log.index, cue.now, 0, 0, True
+    row = inbox.begun
     cue.begin()
     inbox.begin()
     while flying or not inbox.over or (row < inbox.rows and inbox.code == WHOLE):
@@ -163,8 +196,16 @@ def worker_loop(
             log.idle[0] = False
 
 
-def reporter(channel: Channel, log: SampleLog) -> Callable[[Sequence[Done | First]], None]:
-    """Return the function that tells the driver what has ended; a First crosses at once."""
+def reporter(
+    channel: Channel, log: SampleLog, encode: Encode | None = None
+) -> Callable[[Sequence[Done | First]], None]:
+    """Return the function that tells the driver what has ended; a First crosses at once.
+
+    Args:
+        channel: to the driver.
+        log: of the queries.
+        encode: makes bytes of a group's outputs, which cross too, under LoadGen; None: no outputs.
+    """
     cells = log.cells()
     query, counts, completed = cells["query"], cells["count"], cells["completed"]
 
@@ -174,9 +215,15 @@ def reporter(channel: Channel, log: SampleLog) -> Callable[[Sequence[Done | Firs
             if isinstance(each, First):
                 channel.post(FIRST, query[row], each.token_ns)
                 continue
-            tokens = FAILED_TOKENS if completed[row] == FAILED else len(each.token_ns)
-            for member in range(row, row + counts[row]):
-                channel.post(DONE, query[member], tokens)
+            count, first, failed = counts[row], query[row], completed[row] == FAILED
+            tokens = FAILED_TOKENS if failed else len(each.token_ns)
+            answers = [b""] * count if encode is None or failed else encode(each.outputs)
+            together = encode is not None and query[row + count - 1] - first == count - 1
+            if together and count > 1 and not failed:
+                channel.post(DONES, first, count, packed(answers))
+                continue
+            for member, answer in zip(range(row, row + count), answers, strict=True):
+                channel.post(DONE, query[member], tokens, answer)
         with suppress(ChannelLost):  # the inbox notices it, and says why
             channel.flush()
 
@@ -191,8 +238,21 @@ def serve(
     cue: Cue,
     max_batch: int,
     max_wait_ns: int,
+    encode: Encode | None = None,
+    name: str = "",
 ) -> str:
     """Run the loop, and leave it in a way that the driver understands.
+
+    Args:
+        sut: loaded and warm; under LoadGen it is told what to load.
+        log: of the queries that come.
+        channel: to the driver.
+        collect: stamps what has ended.
+        cue: the clock and the agreed start.
+        max_batch: queries of a group at most.
+        max_wait_ns: how long the oldest query of a group waits for others at most.
+        encode: under LoadGen makes bytes of a group's outputs.
+        name: of what serves here, for LoadGen.
 
     Returns:
         Why the driver was lost; "" where it was not.
@@ -201,9 +261,15 @@ def serve(
         Exception: the system under test raised; the driver was told, and has ended the window.
     """
     inbox = Inbox(channel, log, cue.now)
-    report = reporter(channel, log)
+    report = reporter(channel, log, encode)
     try:
         worker_loop(sut, log, inbox, collect, report, cue, max_batch, max_wait_ns)
+        while inbox.word is not None and not inbox.problem:
+            log.idle[0] = True  # a model may take long to load: nothing is in flight
+            _obey(inbox, sut, name)
+            log.idle[0] = False
+            again = replace(cue, begin=lambda: None)
+            worker_loop(sut, log, inbox, collect, report, again, max_batch, max_wait_ns)
     except Exception:
         cue.halt[0] = True
         _leave(channel, inbox, RAISED)
@@ -211,6 +277,21 @@ def serve(
     cue.halt[0] |= inbox.code != WHOLE
     _leave(channel, inbox, WHOLE)
     return inbox.problem
+
+
+def _obey(inbox: Inbox, sut: SystemUnderTest, name: str) -> None:
+    """Do what LoadGen wants between two stretches of queries, untimed, and say that it is done."""
+    assert inbox.word is not None
+    kind, data = inbox.word
+    inbox.word, inbox.over, inbox.begun = None, False, inbox.rows
+    if kind == NAME:
+        inbox.channel.post(NAMED, 0, 0, name.encode())
+    else:
+        indices = np.frombuffer(data, "<i8").astype(np.int64)
+        (sut.load if kind == LOAD else sut.unload)(indices)
+        inbox.channel.post(LOADED, len(indices), 0)
+    with suppress(ChannelLost):  # likewise
+        inbox.channel.drain(LEAVE_S)
 
 
 def _leave(channel: Channel, inbox: Inbox, code: int) -> None:

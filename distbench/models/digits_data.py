@@ -11,7 +11,9 @@ a system computes the right thing, not how it does on new handwriting.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distbench.models.arrays import decode_arrays, pinned_bytes
+from distbench.models.classes import count_right, encoded
+
+__all__ = ["encoded", "read_data", "read_pinned", "samples", "scored"]
 
 DATA_FILE = "digits.npz"
 WEIGHTS_FILE = "digits_w32.npz"
@@ -77,3 +82,24 @@ def read_pinned(name: str, folder: Path | None = None) -> dict[str, NDArray[Any]
     """
     path = (Path(__file__).parent if folder is None else folder) / name
     return decode_arrays(path, pinned_bytes(path, SHA256[name]))
+
+
+def samples(indices: Sequence[int]) -> list[bytes]:
+    """Return the images of some samples, 64 bytes each: what crosses the wire as data.
+
+    Args:
+        indices: of the samples.
+    """
+    images = _data().images
+    return [images[index].tobytes() for index in indices]
+
+
+def scored(answers: Mapping[int, bytes]) -> tuple[int, int]:
+    """Count the held-out images that were classified rightly; see ``classes.count_right``."""
+    data = _data()
+    return count_right(data.labels, data.held_out, answers)
+
+
+@lru_cache(maxsize=1)
+def _data() -> DigitsData:
+    return read_data()

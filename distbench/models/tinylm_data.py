@@ -15,10 +15,11 @@ the sample, as a workload's output lengths are.
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,3 +147,37 @@ def samples(indices: Sequence[int]) -> list[bytes]:
 @lru_cache(maxsize=1)
 def _prompts() -> tuple[bytes, ...]:
     return draw_samples(read_text()).prompts
+
+
+def encoded(outputs: Sequence[Any]) -> list[bytes]:
+    """Return the texts of some outputs: a token is a byte.
+
+    Args:
+        outputs: n arrays of tokens.
+    """
+    return [np.asarray(each).astype(np.uint8).tobytes() for each in outputs]
+
+
+def scored(answers: Mapping[int, bytes]) -> tuple[int, int]:
+    """Count the tokens of held-out samples that are the reference's, place by place.
+
+    Args:
+        answers: by sample index.
+
+    Returns:
+        How many are the same, and how many the reference has.
+
+    Raises:
+        KeyError: a held-out sample has no answer.
+    """
+    right = total = 0
+    for index, wanted in _expected().tokens.items():
+        got = np.frombuffer(answers[index], np.uint8)[: len(wanted)]
+        right += int((got == wanted[: len(got)]).sum())
+        total += len(wanted)
+    return right, total
+
+
+@lru_cache(maxsize=1)
+def _expected() -> Expected:
+    return read_expected(draw_samples(read_text()))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from distbench.central import COURSE_COLUMNS
+from distbench.courses import COURSE_COLUMNS
 from distbench.dispatch import COLUMNS
 from distbench.errors import DRIVER
 from distbench.rank_files import write_driver, write_rank

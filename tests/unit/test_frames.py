@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench import frames
-from distbench.frames import DONE, FRAME, LOADED, PULSE, QUERY, READ_BYTES, Channel, ChannelLost
+from distbench.frames import DONE, FRAME, NAMED, PULSE, QUERY, READ_BYTES, Channel, ChannelLost
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -39,7 +39,7 @@ def test_what_is_posted_is_sent_at_once_and_read_at_once() -> None:
 
 
 integers = st.integers(-(2**63), 2**63 - 1)
-told = st.tuples(st.integers(QUERY, LOADED), integers, integers, st.binary(max_size=90))
+told = st.tuples(st.integers(QUERY, NAMED), integers, integers, st.binary(max_size=90))
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,7 +92,7 @@ def test_a_frame_larger_than_what_is_read_at_once(ends: tuple[Channel, socket.so
     [
         b"GET / HTTP/1.1\r\nHost: jw2\r\n\r\n",
         FRAME.pack(0, 0, 1, 2),
-        FRAME.pack(LOADED + 1, 0, 1, 2),
+        FRAME.pack(NAMED + 1, 0, 1, 2),
         FRAME.pack(QUERY, frames.DATA_LIMIT_BYTES + 1, 1, 2),
     ],
 )

@@ -227,7 +227,7 @@ def test_a_gate_is_as_result_json_has_it():
          "needed": 1},
     ]  # fmt: skip
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert WORDING == "MLPerf-style, not a submission"
+    assert WORDING == "MLPerf-style, unverified"
     # Another way to the same gates, for samples that are elsewhere.
     assert list(judged.gates) == offline_gates(6 * S, 2, 0, Limits(5 * S, 3))
     # No time, no rate.

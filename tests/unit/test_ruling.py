@@ -35,7 +35,7 @@ LONG = {"groups": (601, 500), "group_ns": (S,), "batch": 64}
 def test_a_run_of_ten_minutes_with_samples_enough_is_valid() -> None:
     found = under("mlperf-v5.0", total=30_000, **LONG)
     assert (found["set"], found["source"], found["result"]) == ("mlperf-v5.0", "native", "VALID")
-    assert found["wording"] == "MLPerf-style, not a submission"
+    assert found["wording"] == "MLPerf-style, unverified"
     assert {g["name"]: (g["value"], g["limit"], g["passed"]) for g in found["gates"]} == {
         "min_duration": (601.0, 600.0, True),
         "min_samples": (1101 * 64, 24_576, True),
@@ -87,7 +87,7 @@ def test_the_first_line_and_the_gates_stand_in_the_report(tmp_path: Path) -> Non
 
     text = write_report(make_run(tmp_path / "r", report=False, change=change))
     assert text.splitlines()[0] == (
-        "MEASUREMENT VALID; MLPerf v5.0 gates: INVALID (MLPerf-style, not a submission)"
+        "MEASUREMENT VALID; MLPerf v5.0 gates: INVALID (MLPerf-style, unverified)"
     )
     assert "gate             min_duration: 1 s, needs 600 s or more: FAILED" in text
     assert "80 samples, needs 1,024 samples or more: FAILED; 944 more are needed" in text

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench import worker
-from distbench.central import COURSE_COLUMNS
+from distbench.courses import COURSE_COLUMNS
 from distbench.clock import now_ns
 from distbench.frames import (
     DONE,

@@ -1,0 +1,95 @@
+"""LoadGen's logs, read: mlperf_log_detail.txt and mlperf_log_accuracy.json.
+
+Each entry of the detail log is ``:::MLLOG`` and JSON. A message may hold a line break, the last
+entry of a process that was ended may be torn, and a division by 0 is written as inf or nan, which
+is no JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distbench.errors import UsageError
+
+DETAIL, SUMMARY, ACCURACY = (
+    "mlperf_log_detail.txt",
+    "mlperf_log_summary.txt",
+    "mlperf_log_accuracy.json",
+)
+PREFIX = ":::MLLOG "
+_NO_JSON = re.compile(r'"value": (-?(?:inf|nan)),')
+
+
+@dataclass(frozen=True)
+class Detail:
+    """What a detail log says.
+
+    Attributes:
+        keys: value of each key; of a key that came twice, the last.
+        errors: messages of entries that LoadGen marked as errors, in order.
+        warnings: likewise.
+        torn: whether the log ends within an entry.
+    """
+
+    keys: Mapping[str, Any]
+    errors: tuple[str, ...]
+    warnings: tuple[str, ...]
+    torn: bool
+
+
+def parse_detail(text: str) -> Detail:
+    """Read the text of a detail log; what is no entry is passed over."""
+    keys: dict[str, Any] = {}
+    told: dict[str, list[str]] = {"is_error": [], "is_warning": []}
+    torn = False
+    for piece in text.split(PREFIX)[1:]:
+        try:
+            entry = json.loads(_NO_JSON.sub(r'"value": "\1",', piece), strict=False)
+            key, value, marks = entry["key"], entry["value"], entry["metadata"]
+        except (ValueError, KeyError, TypeError):
+            torn = True
+            continue
+        keys[key] = value
+        for mark, messages in told.items():
+            if marks.get(mark):
+                messages.append(f"{key}: {value}")
+    return Detail(keys, tuple(told["is_error"]), tuple(told["is_warning"]), torn)
+
+
+def read_detail(folder: Path) -> Detail:
+    """Read the detail log in a folder.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    path = folder / DETAIL
+    try:
+        return parse_detail(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def read_answers(folder: Path) -> dict[int, bytes]:
+    """Read what LoadGen logged of the answers, by sample index.
+
+    Raises:
+        UsageError: the log cannot be read, is damaged, or has two answers to one sample.
+    """
+    path = folder / ACCURACY
+    found: dict[int, bytes] = {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for each in entries:
+            index, data = int(each["qsl_idx"]), bytes.fromhex(each["data"])
+            if found.setdefault(index, data) != data:
+                raise UsageError(f"{path} has two different answers to sample {index}")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
+    return found
