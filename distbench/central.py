@@ -54,7 +54,7 @@ class Dispatch:
         process: on rank 0, the driver, where it was started here.
         exchanges: on rank 0, what was measured with the driver's clock.
         problem: why this rank lost the driver in a window; "" where it did not.
-        apart: whether the driver was started on its own, for runs of LoadGen over a network.
+        apart: whether the driver's host has no rank: LoadGen then drives over a network.
         lost: whether the driver ended early; alike on all ranks.
     """
 
@@ -103,6 +103,9 @@ class Dispatch:
             except DistbenchError as error:
                 problem = error
         world.check("driver", problem)
+        hosts = [seat.host for seat in world.side.seats]
+        away = self.control is not None and self.control.seat.host not in hosts
+        self.apart = any(world.gather_json(away))
         self.measure(EXCHANGE_TRIPS)
 
     def _begin(self, stack: ExitStack) -> list[Any]:

@@ -71,6 +71,11 @@ def loadgen_course(dispatch: Dispatch, scenario: str) -> Course:
         assert settings.official is not None and settings.load is not None
         official = settled(settings.official, sut.total, sut.resident, rates, sut.depth)
         official["network"] = dispatch.apart
+        if dispatch.apart and settings.load.payload == "index":
+            raise _agreed(
+                "LoadGen's host has no rank, which is MLPerf's Network division, and there the "
+                "samples themselves cross the wire: give --payload data"
+            )
         capacity, replicas = official["capacity"], len(rates)
         if capacity > OFFICIAL_LIMIT:
             raise _agreed(

@@ -272,6 +272,8 @@ class Driver:
         log.count[:used] = 1
         log.scheduled[:used] = log.ready[:used] = log.issued[:used]
         after["loadgen"] = told(folder, official)
+        here = Path.cwd()
+        after["audit_config"] = str(here) if (here / "audit.config").exists() else ""
 
     def _give_up(self, error: Exception) -> NoReturn:
         """End the process: LoadGen waits for what is outstanding, and nothing can stop it.

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from distbench.errors import DRIVER
+from distbench.errors import DRIVER, where
 from distbench.findings import Finding
 from distbench.gates import WORDING, Gate
 from distbench.metrics import NS, QUANTILES, metric
@@ -83,6 +83,8 @@ def figures_of(run: Run, ours: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
     keys = told["keys"]
     out = {_renamed(name): value for name, value in ours.items()}
     n = int(ours["throughput"]["n"])
+    if run.scenario != "offline":  # which is one query
+        n = int(keys.get("result_query_count", n))
     why = MODE if official["mode"] == "accuracy" else told["problem"] or "LoadGen's log has it not"
     named = {"throughput": "", **RATES[run.scenario]}
     if run.scenario == "multistream":
@@ -140,56 +142,76 @@ def gates_of(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> list[Gate]:
     """Return LoadGen's conditions as it has them, and that its log has no error."""
     official, told = official_of(run), told_by(run)
     assert official is not None
-    keys, gates = told["keys"], []
+    keys, done = told["keys"], run.driver.rows if run.driver is not None else None
+    failed = 0
+    if run.driver is not None and done is not None:
+        failed = int((run.driver.column("completed") < 0).sum())
+    errors = len(told["errors"]) + failed
+    clean = Gate("errors", errors, 0, "entries", errors == 0)
     if official["mode"] == "accuracy":
-        value, limit = figures["accuracy"]["value"], _target(official)
-        gates.append(
-            Gate("accuracy", value or 0.0, limit, "1", value is not None and value >= limit)
-        )
-    else:
-        last = _last_ns(run, keys)
-        if last is not None:
-            met = bool(keys.get("result_min_duration_met"))
-            gates.append(
-                Gate("min_duration", last / NS, official["min_duration_ns"] / NS, "s", met)
-            )
-        for name in ("result_min_queries_met", "result_perf_constraints_met", "early_stopping_met"):
-            if name in keys:
-                met = bool(keys[name])
-                more = re.search(r"at least (\d+) more", str(keys.get("early_stopping_result", "")))
-                needed = int(more[1]) if more and name == "early_stopping_met" else None
-                short = name.removeprefix("result_").removesuffix("_met")
-                gates.append(Gate(short, float(met), 1.0, "1", met, needed))
-        valid = keys.get("result_validity") == "VALID"
-        gates.append(Gate("loadgen", float(valid), 1.0, "1", valid))
-    errors = len(told["errors"])
-    gates.append(Gate("errors", errors, 0, "entries", errors == 0))
+        value, least = figures["accuracy"]["value"], float(official["target_accuracy"] or 0.0)
+        met = value is not None and value >= least
+        return [Gate("accuracy", value or 0.0, least, "1", met), clean]
+    gates = _least_gates(run, official, keys)
+    for series, limit_ns in _limits(run, keys).items():
+        value = figures[f"{series}.p99"]["value"]
+        met = value is not None and value <= limit_ns / NS
+        gates.append(Gate(f"{series}.p99", value or 0.0, limit_ns / NS, "s", met))
+    valid = keys.get("result_validity") == "VALID"
+    return [*gates, clean, Gate("loadgen-valid", float(valid), 1.0, "1", valid)]
+
+
+def _least_gates(run: Run, official: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Gate]:
+    """Return the gates that ask for a least time or number, whose own word LoadGen logs."""
+    gates = []
+    last_ns = keys.get("result_max_latency_ns") if run.scenario == "offline" else None
+    if last_ns is not None:
+        met = bool(keys.get("result_min_duration_met"))
+        gates.append(Gate("min_duration", last_ns / NS, official["min_duration_ns"] / NS, "s", met))
+    elif "result_min_duration_met" in keys:  # of the last issue, which it does not print
+        met = bool(keys["result_min_duration_met"])
+        gates.append(Gate("min_duration_met", float(met), 1.0, "1", met))
+    queries = int(keys.get("result_query_count", 0))
+    if "result_min_queries_met" in keys:
+        met, least = bool(keys["result_min_queries_met"]), keys.get("effective_min_query_count", 0)
+        gates.append(Gate("min_queries", queries, float(least), "queries", met))
+    if "early_stopping_met" in keys and run.scenario != "offline":
+        met, more = bool(keys["early_stopping_met"]), _more(keys)
+        limit = queries + (more or 0)
+        gates.append(Gate("early_stopping", queries, limit, "queries", met, more))
     return gates
 
 
-def _target(official: Mapping[str, Any]) -> float:
-    return float(official["target_accuracy"] or 0.0)
+def _more(keys: Mapping[str, Any]) -> int | None:
+    """Return how many more queries early stopping asks for; None if it does not say."""
+    texts = [str(value) for key, value in keys.items() if key.startswith("early_stopping")]
+    found = [int(n) for text in texts for n in re.findall(r"at least (\d+) more", text)]
+    return max(found, default=None)
 
 
-def _last_ns(run: Run, keys: Mapping[str, Any]) -> float | None:
-    """Return what LoadGen holds against the minimum duration, as far as it prints it."""
-    if run.scenario == "offline":
-        value = keys.get("result_max_latency_ns")
-        return None if value is None else float(value)
-    return None
+def _limits(run: Run, keys: Mapping[str, Any]) -> dict[str, float]:
+    """Return LoadGen's limits on p99 as it has them, ns, by series; only Server has any."""
+    if run.scenario != "server":
+        return {}
+    if keys.get("requested_use_token_latencies"):
+        named = {"ttft": "requested_server_ttft_latency", "tpot": "requested_server_tpot_latency"}
+        return {series: float(keys[key]) for series, key in named.items() if key in keys}
+    limit = keys.get("effective_target_latency_ns")
+    return {} if limit is None else {"latency": float(limit)}
 
 
-def rules_section(run: Run, gates: Sequence[Gate], found: Sequence[Finding]) -> dict[str, Any]:
+def rules_section(run: Run, gates: Sequence[Gate], facts: Sequence[Finding]) -> dict[str, Any]:
     """Return ``verdict.rules`` of result.json: VALID only by LoadGen's word and a clean log.
 
     Args:
         run: that LoadGen drove.
         gates: from ``gates_of``.
-        found: all findings; what breaks the rules or the measurement leaves no VALID.
+        facts: findings of fact, no invalid one of which leaves VALID. What is found of the
+            measurement is ``verdict.status``'s: LoadGen's latencies are what a user would see.
     """
     official = official_of(run)
     assert official is not None
-    broken = any(each.level in ("invalid", "incomplete") for each in found)
+    broken = any(each.level in ("invalid", "incomplete") for each in facts)
     word = "SHORTENED" if official["shortened"] else "VALID"
     passed = bool(gates) and all(gate.passed for gate in gates) and not broken
     return {
@@ -233,6 +255,20 @@ def loadgen_found(run: Run) -> list[Finding]:
                 remedy="see the file that the sentence names, and run again",
             )
         )
+    here = (run.driver.after or {}).get("audit_config")
+    if here:
+        found.append(
+            Finding(
+                "doubtful",
+                "audit-config",
+                f"an audit.config lies in {here}, where LoadGen looks "
+                "for one: it was passed over here, and would override the settings of other runs",
+                DRIVER,
+                host,
+                remedy="remove it from the driver's working directory",
+            )
+        )
+    found += _not_by_the_rules(run)
     if official["edited"]:
         found.append(
             Finding(
@@ -245,4 +281,36 @@ def loadgen_found(run: Run) -> list[Finding]:
                 remedy="take these lines out of user.conf",
             )
         )
+    return found
+
+
+def _not_by_the_rules(run: Run) -> list[Finding]:
+    """Return what of a rank the rules forbid, C and R: ECC off, answers taken from a cache."""
+    found = []
+    for record in run.workers:
+        state = record.before.get("gpu_before") or {}
+        if state.get("ecc_mode") is False:
+            found.append(
+                Finding(
+                    "invalid",
+                    "ecc-off",
+                    f"{where(record.rank, record.host)}: ECC is off, and the datacenter rules ask "
+                    "for it",
+                    record.rank,
+                    record.host,
+                    remedy="turn it on (nvidia-smi -e 1, then a reboot), and run again",
+                )
+            )
+        if record.before["model"].get("prefix_caching"):
+            found.append(
+                Finding(
+                    "invalid",
+                    "prefix-caching",
+                    f"{where(record.rank, record.host)}: the engine keeps prefixes of earlier "
+                    "queries, which the rules forbid",
+                    record.rank,
+                    record.host,
+                    remedy="turn prefix caching off in the engine",
+                )
+            )
     return found

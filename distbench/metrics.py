@@ -76,7 +76,7 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
     else:
         out["throughput.steady"] = _steady(steady_rate(pool, times, span.start_ns))
     out |= _tokens(pool, times, seconds, lost)
-    official = run.first.before.get("official") is not None
+    official = "official" in run.first.before
     for name, definition in series_of(kind, run.driver is not None, official).items():
         out |= _latencies(pool, times, name, definition)
     if kind.stream:
@@ -246,8 +246,7 @@ def accuracy(run: Run) -> dict[str, Any]:
     scores = [s for r in run.left if (s := (r.after or {}).get("score")) is not None]
     if len(scores) < run.world_size:
         return metric(None, "1", 0, definition, reason="a rank left no score")
-    reasons = [s["reason"] for s in scores if s["reason"]]
-    if reasons:
+    if reasons := [s["reason"] for s in scores if s["reason"]]:
         return metric(None, "1", 0, definition, reason=reasons[0])
     right, scored = sum(s["right"] for s in scores), sum(s["of"] for s in scores)
     value = right / scored if scored else None

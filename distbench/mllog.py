@@ -24,6 +24,8 @@ DETAIL, SUMMARY, ACCURACY = (
 PREFIX = ":::MLLOG "
 _NO_JSON = re.compile(r'"value": (-?(?:inf|nan)),')
 
+_DECODER = json.JSONDecoder(strict=False)
+
 
 @dataclass(frozen=True)
 class Detail:
@@ -49,7 +51,7 @@ def parse_detail(text: str) -> Detail:
     torn = False
     for piece in text.split(PREFIX)[1:]:
         try:
-            entry = json.loads(_NO_JSON.sub(r'"value": "\1",', piece), strict=False)
+            entry, _ = _DECODER.raw_decode(_NO_JSON.sub(r'"value": "\1",', piece))
             key, value, marks = entry["key"], entry["value"], entry["metadata"]
         except (ValueError, KeyError, TypeError):
             torn = True

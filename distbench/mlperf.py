@@ -115,7 +115,7 @@ def read_official(values: Values) -> dict[str, Any]:
     load = Load(
         official.target_qps or 1.0,
         dispatch="central",
-        max_batch=v["max_batch"] or MAX_BATCH[official.scenario],
+        max_batch=v["max_batch"] or _group(official),
         max_wait_ns=v["max_wait"],
         payload=v["payload"],
         driver=v["driver"],
@@ -126,6 +126,11 @@ def read_official(values: Values) -> dict[str, Any]:
         "official": official,
         "model_name": v["model"] or official.benchmark.model,
     }
+
+
+def _group(official: Official) -> int:
+    """Return how many samples a group has at most, where nobody says: texts are issued alone."""
+    return 1 if official.benchmark.tokens else MAX_BATCH[official.scenario]
 
 
 def _text_of(path: str | None) -> str:

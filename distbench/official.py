@@ -8,8 +8,9 @@ many samples LoadGen will issue, which is what the logs are made for, and whethe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from distbench.arrivals import offline_samples, poisson_ns
@@ -40,6 +41,10 @@ FREE = {
 """Keys that a submitter chooses; R, and the comments of mlperf.conf."""
 HIGHER = ("min_duration", "min_query_count", "performance_sample_count_override")
 """Keys that a submitter may set higher than mlperf.conf has them, C."""
+
+
+Value = Callable[[str, float], float]
+"""What a user.conf says of a key, or else."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +153,6 @@ class Official:
             tokens=self.tokens,
         )
 
-    def value(self, key: str, otherwise: float) -> float:
-        """Return what user.conf says of a key, or else."""
-        found = look_up(self.conf, self.config, self.scenario, key)
-        return otherwise if found is None else found
-
 
 def settled(
     asked: Official, total: int, resident: int, rates: Sequence[float], depth: int = 1
@@ -174,24 +174,42 @@ def settled(
     Raises:
         UsageError: LoadGen would end before the minimum duration. All ranks raise it alike.
     """
-    assert asked.round is not None
     limit = asked._limits(total)
-    listed = asked.listed
-    rate = sum(rates)
     lines = _own_lines(asked, limit, rates)
     named = {line.partition(" =")[0]: float(line.split()[-1]) for line in lines}
-    conf = {**asked.conf, **named}
-
-    def value(key: str, otherwise: float) -> float:
-        found = look_up(conf, asked.config, asked.scenario, key)
-        return otherwise if found is None else found
-
-    least_ns = int(value("min_duration", limit.min_duration_ns / MS) * MS)
-    queries = int(value("min_query_count", _listed_count(asked, limit)))
+    value = partial(_look_up, {**asked.conf, **named}, asked)
+    listed = asked.listed
     chosen = listed.performance_samples if listed and listed.performance_samples else resident
     loaded = min(int(value("performance_sample_count_override", chosen)) or resident, total)
+    plan = _described(asked, limit, lines, total, loaded, chosen, value)
     equal = bool(value("sample_concatenate_permutation", bool(listed and listed.equal_issue)))
-    plan: dict[str, Any] = {
+    multiple = loaded if equal else 1
+    if asked.scenario in STREAM_LATENCY_NS:
+        plan |= _stream_counts(asked, value, limit, multiple, max(rates) / depth)
+    else:
+        plan |= _rated_counts(asked, value, limit, multiple, sum(rates))
+    if asked.mode == "accuracy":
+        plan["capacity"] = total
+    return plan
+
+
+def _look_up(conf: Conf, asked: Official, key: str, otherwise: float) -> float:
+    found = look_up(conf, asked.config, asked.scenario, key)
+    return otherwise if found is None else found
+
+
+def _described(
+    asked: Official,
+    limit: Limits,
+    lines: Sequence[str],
+    total: int,
+    loaded: int,
+    chosen: int,
+    value: Value,
+) -> dict[str, Any]:
+    """Return what of a plan asks for no counting."""
+    assert asked.round is not None
+    return {
         "scenario": asked.scenario,
         "mode": asked.mode,
         "benchmark": asked.name,
@@ -199,46 +217,51 @@ def settled(
         "round": asked.round.name,
         "loadgen": asked.round.loadgen,
         "shortened": limit.shortened,
-        "listed": listed is not None,
+        "listed": asked.listed is not None,
         "total": total,
         "resident": loaded,
-        "tokens": bool(value("use_token_latencies", bool(asked.tokens or _token_model(asked)))),
-        "min_duration_ns": least_ns,
+        "tokens": bool(value("use_token_latencies", _has_tokens(asked))),
+        "min_duration_ns": _least_ns(value, limit),
         "conf": _text(asked, lines),
         "edited": _edited(asked, limit, chosen),
         "target_qps": None,
         "target_accuracy": asked.benchmark.target,
     }
-    multiple = loaded if equal else 1
-    if asked.scenario in STREAM_LATENCY_NS:
-        plan |= _stream_counts(asked, value, least_ns, queries, multiple, max(rates) / depth)
-    elif asked.scenario == "server":
+
+
+def _least_ns(value: Value, limit: Limits) -> int:
+    return int(value("min_duration", limit.min_duration_ns / MS) * MS)
+
+
+def _least_queries(asked: Official, value: Value, limit: Limits) -> int:
+    """Return LoadGen's least number of queries: of Offline its samples."""
+    own = limit.min_queries if asked.scenario != "offline" or asked.listed else 1
+    return int(value("min_query_count", own))
+
+
+def _rated_counts(
+    asked: Official, value: Value, limit: Limits, multiple: int, rate: float
+) -> dict[str, Any]:
+    """Return how many samples Server or Offline will issue."""
+    assert asked.round is not None
+    least_ns, queries = _least_ns(value, limit), _least_queries(asked, value, limit)
+    if asked.scenario == "server":
         qps = value("target_qps", DEFAULT_QPS)
-        seed = asked.round.seeds.schedule
-        made = len(poisson_ns(qps, least_ns, queries, seed, multiple))
-        plan |= {"target_qps": qps, "capacity": made}
-    else:
-        qps = value("target_qps", 1.0)
-        made = offline_samples(queries, least_ns, qps, multiple)
-        if asked.mode == "performance" and made / rate < least_ns / 1e9:
-            raise _agreed(
-                f"target_qps {qps:g} lets LoadGen issue {made:,} samples, which these ranks do in "
-                f"{made / rate:.3g} s at the {rate:.4g} samples/s of their warm-up, and the run "
-                f"has to last {least_ns / 1e9:g} s: give --target-qps {rate * 1.05:.4g} or more"
-            )
-        plan |= {"target_qps": qps, "capacity": made}
-    if asked.mode == "accuracy":
-        plan["capacity"] = total
-    return plan
+        made = len(poisson_ns(qps, least_ns, queries, asked.round.seeds.schedule, multiple))
+        return {"target_qps": qps, "capacity": made}
+    qps = value("target_qps", 1.0)
+    made = offline_samples(queries, least_ns, qps, multiple)
+    if asked.mode == "performance" and made / rate < least_ns / 1e9:
+        raise _agreed(
+            f"target_qps {qps:g} lets LoadGen issue {made:,} samples, which these ranks do in "
+            f"{made / rate:.3g} s at the {rate:.4g} samples/s of their warm-up, and the run has "
+            f"to last {least_ns / 1e9:g} s: give --target-qps {rate * 1.05:.4g} or more"
+        )
+    return {"target_qps": qps, "capacity": made}
 
 
-def _listed_count(asked: Official, limit: Limits) -> int:
-    """Return LoadGen's own least number of queries: of Offline its samples."""
-    return limit.min_queries if asked.scenario != "offline" or asked.listed else 1
-
-
-def _token_model(asked: Official) -> bool:
-    return asked.benchmark.tokens is not None
+def _has_tokens(asked: Official) -> bool:
+    return bool(asked.tokens or asked.benchmark.tokens)
 
 
 def _own_lines(asked: Official, limit: Limits, rates: Sequence[float]) -> list[str]:
@@ -307,14 +330,10 @@ def _edited(asked: Official, limit: Limits, resident: int) -> list[str]:
 
 
 def _stream_counts(
-    asked: Official,
-    value: Any,
-    least_ns: int,
-    queries: int,
-    multiple: int,
-    rate: float,
+    asked: Official, value: Value, limit: Limits, multiple: int, rate: float
 ) -> dict[str, Any]:
     """Return how many samples a stream may issue: LoadGen makes its queries before it starts."""
+    least_ns, queries = _least_ns(value, limit), _least_queries(asked, value, limit)
     expected_ns = value("target_latency", STREAM_LATENCY_NS[asked.scenario] / MS) * MS
     samples = SAMPLES_PER_QUERY if asked.scenario == "multistream" else 1
     made = max(queries, math.ceil(STREAM_PLANNED * least_ns / max(expected_ns, 1))) + STREAM_SPARE

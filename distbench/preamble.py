@@ -144,6 +144,7 @@ def _model(sut: SystemUnderTest, settings: Settings) -> dict[str, Any]:
         "depth": sut.depth,
         "flops_per_sample": getattr(sut, "flops_per_sample", None),
         "target_accuracy": getattr(sut, "target_accuracy", None),
+        "prefix_caching": getattr(sut, "prefix_caching", None),
     }
 
 

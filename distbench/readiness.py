@@ -93,7 +93,8 @@ def prepare(
     world.check("rules", _unjudged(course, sut, settings))
     active = leaders(world)
     searched = settings.load is not None and settings.load.searched
-    if settings.num_samples is not None or (settings.load is not None and not searched):
+    drawn = settings.load is not None and not searched and settings.official is None
+    if settings.num_samples is not None or drawn:
         course.part(0, sut, settings, [1.0] * len(active))  # too few is told before the warm-up
     start.set_timer_slack()
     cost = measure_harness(course.harness, sut.depth, settings.group, world.now, course.columns)

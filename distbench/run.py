@@ -9,6 +9,7 @@
                       done.json      sha256 of the other files of this rank
         ranks/00001/  ...
         driver/       driver.json, samples.npy, after.json, done.json: of central dispatch
+        loadgen/      user.conf and LoadGen's own logs, where it drove
 
 Every figure in ``result.json`` is a function of the rank folders alone (``metrics``, ``verdict``),
 which is what ``verify`` recomputes.
@@ -28,6 +29,7 @@ from distbench import files
 from distbench.clock import ClockModel, Exchange
 from distbench.errors import DRIVER, DistbenchError, UsageError, where
 from distbench.findings import Finding
+from distbench.mlperf_files import told
 from distbench.samples import read_rows, spread_column
 
 SCHEMA_VERSION = 1
@@ -303,9 +305,13 @@ def _read_driver(folder: Path, first: RankRecord) -> RankRecord | None:
     if load.get("dispatch") != "central":
         return None
     try:
-        return read_record(folder / "driver", "driver.json")
+        record = read_record(folder / "driver", "driver.json")
     except UsageError as error:
         return no_driver(first.before, str(error))
+    official, after = first.before.get("official"), record.after
+    if official is None or after is None or "loadgen" not in after:
+        return record
+    return replace(record, after={**after, "loadgen": told(folder / "loadgen", official)})
 
 
 def no_driver(before: Mapping[str, Any], problem: str) -> RankRecord:

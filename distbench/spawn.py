@@ -18,7 +18,10 @@ START_S = 60.0
 """How long a driver may take to start: Python and numpy over a slow disk."""
 END_S = 10.0
 """How long it may take to end after its links."""
-PAYLOADS = {"tinylm": "distbench.models.tinylm_data"}
+PAYLOADS = {
+    "tinylm": "distbench.models.tinylm_data",
+    "digits": "distbench.models.digits_data",
+}
 """Modules that encode a model's samples as bytes, and import no torch."""
 
 

@@ -75,7 +75,8 @@ class SystemUnderTest(Protocol):
     (what the weights are, compared between ranks), ``dtype`` (what it computes in, such as "fp16",
     likewise), ``flops_per_sample`` (operations the model needs for a sample, held against what a
     known GPU can do), ``most_tokens`` of a token engine (tokens of a sample at most; without it the
-    gaps between tokens are not recorded).
+    gaps between tokens are not recorded), ``prefix_caching`` (whether it keeps what it computed of
+    one query's prompt for the next, which MLPerf forbids).
 
     Attributes:
         total: sample indices are 0 .. total-1.

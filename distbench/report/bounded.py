@@ -64,6 +64,13 @@ def _rows(result: dict[str, Any], name: str) -> list[list[Any]]:
     return list(result["tables"].get(name, {}).get("rows", []))
 
 
+FLAGS = {
+    "min_duration_met": "min_duration, as LoadGen says",
+    "loadgen-valid": "LoadGen's own word, VALID",
+}
+"""Gates that are a yes or a no."""
+
+
 def gate_lines(result: dict[str, Any]) -> list[str]:
     """Return the gates of the rules, a line each; nothing without rules."""
     rules, lines = result["verdict"]["rules"], []
@@ -73,8 +80,12 @@ def gate_lines(result: dict[str, Any]) -> list[str]:
         factor, unit = (
             (1e3, "ms") if gate["unit"] == "s" and gate["limit"] < 1 else (1, gate["unit"])
         )
-        value, limit = (f"{gate[each] * factor:,.10g} {unit}" for each in ("value", "limit"))
-        least = gate["name"].startswith(("min_", "early_stopping"))
+        if gate["name"] in FLAGS:
+            lines.append(f"gate             {FLAGS[gate['name']]}: {word}")
+            continue
+        unit = "" if unit == "1" else f" {unit}"
+        value, limit = (f"{gate[each] * factor:,.10g}{unit}" for each in ("value", "limit"))
+        least = gate["name"].startswith(("min_", "early_stopping", "accuracy"))
         wanted = f"needs {limit} or more" if least else f"at most {limit}"
         lines.append(f"gate             {gate['name']}: {value}, {wanted}: {word}{more}")
     if lines and "window" in rules:

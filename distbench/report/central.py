@@ -1,4 +1,4 @@
-"""The text report's lines on central dispatch."""
+"""The text report's lines on central dispatch, and on LoadGen where it drives."""
 
 from __future__ import annotations
 
@@ -18,3 +18,42 @@ def driver_lines(driver: dict[str, Any]) -> list[str]:
     late = "unknown" if driver["late_s"] is None else duration(driver["late_s"])
     told = f"{driver['host']}, process {driver['pid']}: latencies are on its clock, {known}; began "
     return wrapped(f"  driver         {told}{late} after the agreed instant", 17)
+
+
+def official_words(official: dict[str, Any]) -> str:
+    """Return what LoadGen was asked, for the report's headline."""
+    rate = official["target_qps"]
+    asked = f", target_qps {rate:g}" if rate is not None else ""
+    sut = ", Network SUT" if official["network"] else ""
+    return f"LoadGen {official['loadgen']} in {official['mode']} mode{asked}{sut}"
+
+
+def loadgen_rows(names: dict[str, str]) -> dict[str, str]:
+    """Return the rows of the table of latencies, titles by series: LoadGen's, then ours."""
+    ours = {"dispatch.latency": "dispatch", "lateness": "lateness", "queue": "queue"}
+    rest = {name: title for name, title in names.items() if name != "latency"}
+    return {"latency": "LoadGen", **ours, "return": "return", **rest}
+
+
+LOADGEN_FOOT = (
+    "LoadGen, ttft and tpot are read from its log, and count from when LoadGen scheduled a sample; "
+    "dispatch is from when it handed the sample over to the completion message, on the driver's "
+    "clock: lateness of the rank's loop + queue + service + return"
+)
+"""What stands below that table."""
+_FOOT = {
+    "offline": "batch latency is completion - issue, with up to the engine's depth of groups in "
+    "flight",
+    "server": "latency is from the schedule to the completion, whatever came between: lateness + "
+    "queue + service + return; batch is from the issue of a group to its completion",
+    "singlestream": "latency is from the issue of a query to its completion",
+    "multistream": "latency is from the issue of a query of 8 samples to the completion of all",
+}
+"""What stands below the latencies of all other runs, by scenario."""
+
+
+def foot(result: dict[str, Any]) -> str:
+    """Return what the latencies of a run are, in words."""
+    if result["window"].get("official"):
+        return LOADGEN_FOOT
+    return "percentiles by LoadGen's rule, sorted[int(n * p)]; " + _FOOT[result["scenario"]]

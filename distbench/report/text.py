@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distbench.report.bounded import bound_lines, gate_lines, peak_lines, search_lines
-from distbench.report.central import driver_lines
+from distbench.report.central import driver_lines, foot, loadgen_rows, official_words
 from distbench.report.fabric import fabric_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
 from distbench.report.sharding import layout_lines
@@ -89,7 +89,9 @@ def _headline(result: dict[str, Any]) -> str:
         f"{window['samples']:,} samples",
         f"seed {config['seed']['value']}",
     ]
-    if load is not None:
+    if window.get("official"):
+        parts.append(official_words(window["official"]))
+    elif load is not None:
         parts.append(
             f"{load['arrival']} at {load['target_qps']:g} queries/s, {load['dispatch']} dispatch, "
             f"waiting at most {duration(load['max_wait_ns'] / 1e9)}"
@@ -188,6 +190,8 @@ def _latencies(result: dict[str, Any]) -> list[str]:
     names = {name: name.removesuffix("_latency") for name in kind.series}
     if kind.drained:
         names["latency"] = "completion"
+    if result["window"].get("official"):
+        names = loadgen_rows(names)
     rows = [["latency", "n", *LATENCIES]]
     refused: dict[str, list[str]] = {}
     for name, title in names.items():
@@ -220,19 +224,8 @@ def _latencies(result: dict[str, Any]) -> list[str]:
             for reason, titles in refused.items()
             for line in wrapped(f"{', '.join(titles)} {reason}")
         ),
-        *wrapped("percentiles by LoadGen's rule, sorted[int(n * p)]; " + _FOOT[kind.name]),
+        *wrapped(foot(result)),
     ]
-
-
-_FOOT = {
-    "offline": "batch latency is completion - issue, with up to the engine's depth of groups in "
-    "flight",
-    "server": "latency is from the schedule to the completion, whatever came between: lateness + "
-    "queue + service + return; batch is from the issue of a group to its completion",
-    "singlestream": "latency is from the issue of a query to its completion",
-    "multistream": "latency is from the issue of a query of 8 samples to the completion of all",
-}
-"""What stands below the latencies, by scenario."""
 
 
 def _accuracy(result: dict[str, Any]) -> list[str]:

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench import worker
-from distbench.courses import COURSE_COLUMNS
 from distbench.clock import now_ns
+from distbench.courses import COURSE_COLUMNS
 from distbench.frames import (
     DONE,
     END,
