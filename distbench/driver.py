@@ -255,6 +255,8 @@ class Driver:
         session = loadgen.Session(
             hub, log, window.before["turn"], now_ns, self._give_up, official["tokens"]
         )
+        # Nothing may be raised into LoadGen, which calls back from C++: a signal ends the process.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with quiet():
             switches, delay_ns = schedstat()
             after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
@@ -262,6 +264,7 @@ class Driver:
             after["ended_ns"] = now_ns()
             switches_after, delay_after_ns = schedstat()
             session.leave()
+        signal.signal(signal.SIGTERM, _terminated)
         after["raised"] = session.raised
         after["quiet"] = {
             "involuntary_switches": switches_after - switches,

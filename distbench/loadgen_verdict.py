@@ -40,6 +40,8 @@ SERIES = {
     ),
 }
 """Keys of percentiles, and of the largest and the mean, by our name of the series."""
+QUERIES = ("result_{}_percentile_per_query_latency_ns", "result_{}_query_latency_ns")
+"""Of MultiStream, which judges queries; its keys of samples stand in the log beside them."""
 RATES = {
     "offline": {
         "throughput": "result_samples_per_second",
@@ -94,8 +96,10 @@ def figures_of(run: Run, ours: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
         if name == "throughput" or key in keys:
             unit = UNITS.get(name, "samples/s")
             out[name] = _taken(keys, key, unit, n, why, 1.0)
-    for name in SERIES if official["tokens"] and run.scenario != "offline" else ("latency",):
-        out |= _series(keys, name, n, why)
+    judged = official["tokens"] and run.scenario == "server"
+    known = [x for x, (key, _) in SERIES.items() if judged or key.format("50.00") in keys]
+    for name in dict.fromkeys(["latency", *known]):
+        out |= _series(keys, name, n, why, QUERIES if run.scenario == "multistream" else None)
     if run.scenario in ESTIMATES:
         name, key = ESTIMATES[run.scenario]
         out[name] = _taken(keys, key, "s", n, why, NS)
@@ -121,11 +125,11 @@ def _taken(
     return metric(float(value or 0) / by, unit, n, definition, ci_reason=NO_SAMPLES)
 
 
-def _series(keys: Mapping[str, Any], name: str, n: int, why: str) -> dict[str, dict[str, Any]]:
-    percentile, other = SERIES[name]
+def _series(
+    keys: Mapping[str, Any], name: str, n: int, why: str, named: tuple[str, str] | None = None
+) -> dict[str, dict[str, Any]]:
+    percentile, other = named or SERIES[name]
     names = {label: percentile.format(PERCENTILES[label]) for label in QUANTILES}
-    if name == "latency" and names["p50"] not in keys:  # of MultiStream they are of queries
-        names = {k: v.replace("_latency_ns", "_per_query_latency_ns") for k, v in names.items()}
     names |= {"max": other.format("max"), "mean": other.format("mean")}
     return {f"{name}.{x}": _taken(keys, key, "s", n, why, NS) for x, key in names.items()}
 

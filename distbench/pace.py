@@ -49,7 +49,7 @@ def pace_found(
         found += _start_late(run, times, span.value_ns)
     if kind.headline == "throughput":
         found += _clock_bound(span) + _cost_of_time(run, times, span.value_ns)
-    if kind.open_loop:
+    if kind.open_loop or run.driver is not None:  # LoadGen says how long its run was
         return found
     found += _issue_late(run, times, span)
     return found + _window(run, span) + _launch_bound(run, times, span, kind)

@@ -33,7 +33,7 @@ def settled_found(
         drifts: of their batch latencies.
     """
     found = []
-    ranks = zip(pool.run.present, times, settlings(pool), drifts, strict=True)
+    ranks = zip(pool.run.official, times, settlings(pool), drifts, strict=True)
     for record, t, settling, drift in ranks:
         if settling is None or not settling.begin_ns:
             continue

@@ -1,0 +1,211 @@
+"""LoadGen drives gloo ranks: its logs and the report, key by key; accuracy; lost ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.errors import UsageError
+from distbench.run import load_run
+from distbench.verify import verify
+from tests.support import run_ranks, torchrun
+
+pytestmark = pytest.mark.timeout(120)
+
+SHORT = "mlperf-v5.0,shortened=1s"
+KEYS = {
+    "offline": {
+        "throughput": ("result_samples_per_second", 1),
+        "latency.p90": ("result_90.00_percentile_latency_ns", 1e9),
+        "latency.max": ("result_max_latency_ns", 1e9),
+    },
+    "server": {
+        "throughput": ("result_completed_samples_per_sec", 1),
+        "throughput.scheduled": ("result_scheduled_samples_per_sec", 1),
+        "latency.p50": ("result_50.00_percentile_latency_ns", 1e9),
+        "latency.p99": ("result_99.00_percentile_latency_ns", 1e9),
+        "latency.p99.9": ("result_99.90_percentile_latency_ns", 1e9),
+        "latency.max": ("result_max_latency_ns", 1e9),
+        "latency.mean": ("result_mean_latency_ns", 1e9),
+    },
+    "singlestream": {
+        "throughput": ("result_qps_with_loadgen_overhead", 1),
+        "latency.p90": ("result_90.00_percentile_latency_ns", 1e9),
+        "latency.p90.early_stopping": ("early_stopping_latency_ss", 1e9),
+    },
+    "multistream": {
+        "latency.p99": ("result_99.00_percentile_per_query_latency_ns", 1e9),
+        "latency.max": ("result_max_latency_ns", 1e9),
+    },
+}
+"""Metrics by scenario, and where LoadGen has them."""
+TOKENS = {
+    "throughput.tokens": ("result_completed_tokens_per_second", 1),
+    "ttft.p99": ("result_first_token_99.00_percentile_latency_ns", 1e9),
+    "ttft.mean": ("result_first_token_mean_latency_ns", 1e9),
+    "tpot.p99": ("result_time_per_output_token_99.00_percentile_ns", 1e9),
+    "tpot.max": ("result_time_to_output_token_max", 1e9),
+}
+
+
+def official_run(out: str, scenario: str, name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Take a run of LoadGen's on this rank; tells what is left of it."""
+    from distbench.load import Load
+    from distbench.mlperf import MAX_BATCH, measure_mlperf
+    from distbench.models import load_model
+    from distbench.official import Official
+    from distbench.settings import Settings
+    from distbench.world import join
+
+    options = {"rules": SHORT, **options}
+    group = options.pop("max_batch", 1 if name == "tinylm" else MAX_BATCH[scenario])
+    payload = options.pop("payload", "index")
+    model = options.pop("model", name)
+    mode = options.pop("mode", "performance")
+    official = Official(scenario, mode, name, **options)
+    load = Load(1.0, dispatch="central", max_batch=group, payload=payload)
+    settings = Settings(
+        warmup_ns=50_000_000, output_dir=out, model_name=model, load=load, official=official,
+        quiet=True,
+    )  # fmt: skip
+    with join(device="cpu", timeout_s=30) as world:
+        sut = load_model(model, world, group)
+        try:
+            run = measure_mlperf(sut, world, settings)
+        finally:
+            sut.close()
+        return {"result": run.result(), "folder": str(run.folder or "")}
+
+
+def logged(folder: str | Path) -> dict[str, Any]:
+    """Read LoadGen's detail log with nothing of distbench's."""
+    text = (Path(folder) / "loadgen" / "mlperf_log_detail.txt").read_text()
+    found = re.findall(r':::MLLOG \{"key": "([^"]+)", "value": (.*?), "time_ms"', text)
+    return {key: value.strip('"') for key, value in found}
+
+
+def agree(scenario: str, name: str, told: dict[str, Any], ranks: int) -> None:
+    """Compare a result with LoadGen's own log, key by key."""
+    result, keys = told["result"], logged(told["folder"])
+    wanted = KEYS[scenario] | (TOKENS if name == "tinylm" and scenario == "server" else {})
+    for metric, (key, by) in wanted.items():
+        assert result["metrics"][metric]["value"] == float(keys[key]) / by, metric
+    rules = result["verdict"]["rules"]
+    assert rules["source"] == "loadgen" and rules["wording"] == "MLPerf-style, unverified"
+    errors = "is_error\": true" in (
+        Path(told["folder"]) / "loadgen" / "mlperf_log_detail.txt"
+    ).read_text()
+    assert not errors
+    valid = keys["result_validity"] == "VALID"
+    assert rules["result"] == ("SHORTENED" if valid else "INVALID")
+    gates = {gate["name"]: gate["passed"] for gate in rules["gates"]}
+    assert gates["loadgen-valid"] == valid and gates["errors"]
+    assert gates["min_queries"] == (keys["result_min_queries_met"] == "true")
+    count = int(keys["result_query_count"])
+    each = {"offline": int(keys["effective_samples_per_query"]), "multistream": 8}.get(scenario, 1)
+    assert result["window"]["samples"] == count * each
+    assert [row["samples"] > 0 for row in result["per_rank"]] == [True] * ranks
+    assert sum(row["samples"] for row in result["per_rank"]) == count * each
+    assert result["metrics"]["dispatch.latency.p50"]["value"] > 0
+    code, lines = verify(Path(told["folder"]))
+    assert code == 0, lines
+
+
+def run(tmp_path: Path, ranks: int, scenario: str, name: str, **options: Any) -> dict[str, Any]:
+    told = run_ranks(official_run, ranks, str(tmp_path), scenario, name, options)
+    assert all(each["result"] == told[0]["result"] for each in told)
+    return told[0]
+
+
+SCENARIOS = ("offline", "server", "singlestream", "multistream")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_digits_on_two_ranks(tmp_path: Path, scenario: str) -> None:
+    agree(scenario, "digits", run(tmp_path, 2, scenario, "digits"), 2)
+
+
+def test_texts_on_two_ranks(tmp_path: Path) -> None:
+    told = run(tmp_path, 2, "server", "tinylm", target_qps=20.0)
+    agree("server", "tinylm", told, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", ["digits", "tinylm"])
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_scenario(tmp_path: Path, scenario: str, name: str, ranks: int) -> None:
+    options = {"target_qps": 20.0} if (scenario, name) == ("server", "tinylm") else {}
+    if ranks == 2 and (name == "digits" or options):
+        pytest.skip("it is among the quick tests")
+    agree(scenario, name, run(tmp_path, ranks, scenario, name, **options), ranks)
+
+
+@pytest.mark.parametrize(("name", "of"), [("digits", 360), ("tinylm", 5233)])
+def test_accuracy_is_that_of_loadgens_log_and_of_our_own_pass(
+    tmp_path: Path, name: str, of: int
+) -> None:
+    told = run(tmp_path, 2, "offline", name, mode="accuracy")
+    found = told["result"]["metrics"]["accuracy"]
+    assert (found["value"], found["n"]) == (1.0, of) and "mlperf_log_accuracy.json" in found["definition"]  # fmt: skip
+    folder = Path(told["folder"])
+    entries = json.loads((folder / "loadgen" / "mlperf_log_accuracy.json").read_text())
+    assert len({each["qsl_idx"] for each in entries}) == len(entries) == told["result"]["window"]["samples"]  # fmt: skip
+    assert told["result"]["verdict"]["status"] == "VALID"
+    assert told["result"]["verdict"]["rules"]["result"] == "SHORTENED"
+    # One answer changed: another figure, and verify says that the files are not those.
+    entries[0]["data"] = "09" * (len(entries[0]["data"]) // 2)
+    held = json.loads(json.dumps(entries))
+    (folder / "loadgen" / "mlperf_log_accuracy.json").write_text(json.dumps(held))
+    changed = load_run(folder).result()["metrics"]["accuracy"]
+    assert changed["n"] == of
+    assert verify(folder)[0] == 1
+
+
+def test_samples_cross_the_wire_as_data(tmp_path: Path) -> None:
+    told = run(tmp_path, 2, "server", "digits", payload="data", mode="accuracy")
+    assert told["result"]["metrics"]["accuracy"]["value"] == 1.0
+    assert told["result"]["clock"]["driver"]["payload"] == "data"
+
+
+def refused(out: str, options: dict[str, Any]) -> str:
+    """Return the sentence that all ranks get, and that nothing was left."""
+    try:
+        official_run(out, options.pop("scenario"), "digits", options)
+    except UsageError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"scenario": "offline", "target_qps": 5.0}, "give --target-qps .* or more"),
+        ({"scenario": "server", "rules": "mlperf-v5.1"}, r"5\.0\.13 is installed here"),
+        (
+            {"scenario": "singlestream", "user_conf": "*.SingleStream.target_latency = 60000"},
+            "target_latency",
+        ),
+    ],
+)
+def test_what_cannot_last_is_refused_before_loadgen_starts(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    sentences = run_ranks(refused, 2, str(tmp_path), options)
+    assert len(set(sentences)) == 1 and re.search(told, sentences[0]), sentences
+    assert not list(tmp_path.rglob("mlperf_log_detail.txt"))
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    argv = ("distbench.mlperf", "--rules", SHORT, "--scenario", "server")
+    argv += ("--target-qps", "700")
+    told = torchrun(2, *argv, "--warmup", "100ms", "--output-dir", str(tmp_path), timeout_s=90)
+    assert told.returncode == 0, told.stderr
+    first = told.stdout.splitlines()[0]
+    assert "MLPerf v5.0 gates: SHORTENED (MLPerf-style, unverified)" in first, told.stdout
+    assert "LoadGen 5.0.13 in performance mode, target_qps 700" in told.stdout
+    assert "p99.9" in told.stdout and "max" in told.stdout

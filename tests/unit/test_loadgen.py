@@ -1,0 +1,296 @@
+"""LoadGen itself in the driver process, told by a scripted rank 0 and served by scripted ranks."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distbench import wire
+from distbench.clock import clock_domain, now_ns
+from distbench.errors import UsageError
+from distbench.frames import (
+    DONE,
+    DONES,
+    END,
+    FAILED_TOKENS,
+    LEFT,
+    LOAD,
+    LOADED,
+    NAME,
+    NAMED,
+    QUERIES,
+    QUERY,
+    RAISED,
+    UNLOAD,
+    WHOLE,
+    Channel,
+    packed,
+)
+from distbench.loadgen import check_installed
+from distbench.mllog import parse_detail
+from distbench.official import Official, settled
+from distbench.samples import FAILED
+from distbench.spawn import start_driver
+from distbench.talk import hear, tell
+from distbench.wire import Seat
+
+pytestmark = pytest.mark.timeout(60)
+
+HERE = Path(__file__).resolve().parents[2]
+TOTAL = 200
+HOSTS = ("jw2", "jw3")
+
+
+class Ranks:
+    """A driver in a process of its own, rank 0's links to it, and both ranks as workers."""
+
+    def __init__(self, stack: ExitStack, out: Path) -> None:
+        self.out = out
+        self.process, self.address, self.token = start_driver(stack, "127.0.0.1", out)
+        self.control = self.call(stack, 0, "control")
+        tell(self.control, {"do": "expect", "ranks": 2, "payload": ""})
+        self.clock = self.call(stack, 0, "clock")
+        self.workers = []
+        for rank in (0, 1):
+            link = self.call(stack, rank, "worker")
+            self.workers.append(Channel(link.connection, str(link.seat)))
+            self.workers[rank].name = f"rank {rank}"
+        assert hear(self.control) == ({}, [])
+        self.words: list[tuple[int, int]] = []
+        self.issued: list[list[int]] = [[], []]
+
+    def call(self, stack: ExitStack, rank: int, role: str) -> Any:
+        own = Seat(rank, HOSTS[rank], clock_domain(), "", 0)
+        link = wire.open_link(self.address, own, self.token, "", 10, "the driver", role)
+        stack.callback(link.close)
+        link.connection.settimeout(25)
+        return link
+
+    def begin(self, scenario: str, mode: str = "performance", **more: Any) -> dict[str, Any]:
+        asked = Official(scenario, mode, "echo", "mlperf-v5.0,shortened=200ms", **more)
+        official = settled(asked, TOTAL, TOTAL, [2000.0, 2000.0]) | {"network": False}
+        return self.start(official)
+
+    def start(self, official: dict[str, Any]) -> dict[str, Any]:
+        before = {"schema_version": 1, "scenario": official["scenario"], "turn": 0, "backlog": 9}
+        before["official"] = official
+        asked = {"do": "window", "folder": ("run",), "columns": [], "before": before}
+        tell(self.control, asked, [], [])
+        assert hear(self.control)[0] == {}
+        at = now_ns() + 20_000_000
+        tell(self.control, {"do": "start", "plan": {"reference_ns": at, "local_ns": at}})
+        return official
+
+    def serve(
+        self,
+        answer: Callable[[Channel, int, int], None] | None = None,
+        until_s: float = 20.0,
+        leaves: bool = True,
+    ) -> None:
+        """Answer what LoadGen issues until the end, or until the driver has hung up."""
+        left, until = 0, time.monotonic() + until_s
+        while left < 2 and time.monotonic() < until:
+            for rank, worker in enumerate(self.workers):
+                for kind, one, other, data in worker.read():
+                    if kind == QUERY:
+                        self.issued[rank].append(other)
+                        (answer or done)(worker, one, other)
+                    elif kind == QUERIES:
+                        self.issued[rank] += np.frombuffer(data, "<i8").tolist()
+                        worker.post(DONES, one, other, packed([b""] * other))
+                    elif kind in (LOAD, UNLOAD):
+                        self.words.append((kind, one))
+                        worker.post(LOADED, one, 0)
+                    elif kind == NAME:
+                        worker.post(NAMED, 0, 0, f"echo on {HOSTS[rank]}".encode())
+                    elif kind == END:
+                        left += 1
+                        if leaves:
+                            worker.post(LEFT, 0, WHOLE)
+                worker.flush()
+            time.sleep(0.0002)
+
+    def fetched(self) -> tuple[dict[str, Any], Any]:
+        assert hear(self.control) == ({}, [])
+        tell(self.control, {"do": "fetch"})
+        told, (flat, *_texts) = hear(self.control)
+        return told, flat.reshape(-1, len(told["before"]["columns"]))
+
+    def ended(self) -> str:
+        """Return what rank 0 is told of an early end, once the process is gone."""
+        told = hear(self.control)[0]
+        assert self.process.wait(10) == 6
+        kept = json.loads((self.out / "run" / "driver" / "after.json").read_text())
+        assert kept["end"]["sentence"] == told["error"] and kept["end"]["exit_code"] == 6
+        assert (self.out / "run" / "loadgen" / "mlperf_log_detail.txt").exists()
+        return str(told["error"])
+
+
+def done(worker: Channel, seq: int, _index: int) -> None:
+    worker.post(DONE, seq, 0)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Ranks]:
+    monkeypatch.syspath_prepend(str(HERE))
+    with ExitStack() as stack:
+        yield Ranks(stack, tmp_path)
+
+
+SCENARIOS = ("offline", "server", "singlestream", "multistream")
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_every_sample_once_and_loadgen_says_valid_or_why(ranks: Ranks, scenario: str) -> None:
+    conf = "" if scenario != "server" else "*.Server.target_latency = 1000"
+    official = ranks.begin(scenario, user_conf=conf)
+    ranks.serve()
+    told, rows = ranks.fetched()
+    columns, after = told["before"]["columns"], told["after"]
+    at = {name: rows[:, columns.index(name)] for name in columns}
+    keys = after["loadgen"]["keys"]
+    assert after["loadgen"]["errors"] == [] and after["loadgen"]["problem"] == ""
+    count = {"offline": 1, "server": len(rows), "singlestream": len(rows)}
+    assert keys["result_query_count"] == count.get(scenario, len(rows) // 8)
+    assert sorted(at["index"].tolist()) == sorted(ranks.issued[0] + ranks.issued[1])
+    assert min(map(len, ranks.issued)) > 0, "both ranks were served"
+    assert (at["completed"] > at["issued"]).all() and (at["scheduled"] == at["issued"]).all()
+    for rank in (0, 1):
+        assert at["index"][at["served_by"] == rank].tolist() == ranks.issued[rank]
+    # LoadGen pads MultiStream's set, so that its last query has 8 neighbours too.
+    size = TOTAL + 7 * (scenario == "multistream")
+    assert ranks.words == [(LOAD, size), (LOAD, size), (UNLOAD, size), (UNLOAD, size)]
+    assert len(rows) <= official["capacity"]
+    if scenario in ("offline", "server"):
+        assert len(rows) == official["capacity"]
+    text = (ranks.out / "run" / "loadgen" / "mlperf_log_detail.txt").read_text()
+    assert parse_detail(text).keys["result_validity"] == keys["result_validity"]
+    assert keys["effective_min_duration_ms"] == 200
+
+
+def test_answers_are_in_loadgens_accuracy_log(ranks: Ranks) -> None:
+    asked = Official("server", "performance", "echo", "mlperf-v5.0,shortened=200ms")
+    official = settled(asked, TOTAL, TOTAL, [2000.0]) | {"mode": "accuracy", "capacity": TOTAL}
+    ranks.start(official | {"benchmark": "digits"})
+    ranks.serve(lambda worker, seq, index: worker.post(DONE, seq, 0, bytes([index, 7])))
+    told, rows = ranks.fetched()
+    entries = json.loads((ranks.out / "run/loadgen/mlperf_log_accuracy.json").read_text())
+    assert {each["qsl_idx"]: each["data"] for each in entries} == {
+        index: f"{index:02X}07" for index in range(TOTAL)
+    }
+    assert len(rows) == TOTAL
+    # These are no answers of digits, whose samples are others: told, and not taken for 0 right.
+    assert told["after"]["loadgen"]["right"] is None
+    assert (
+        "no answer for sample" in told["after"]["loadgen"]["problem"]
+        or "answered with" in (told["after"]["loadgen"]["problem"])
+    )
+
+
+def test_a_sample_that_failed_is_completed_for_loadgen_and_kept_as_failed(ranks: Ranks) -> None:
+    ranks.begin("server")
+    ranks.serve(lambda worker, seq, _i: worker.post(DONE, seq, FAILED_TOKENS if seq == 3 else 0))
+    told, rows = ranks.fetched()
+    completed = rows[:, told["before"]["columns"].index("completed")]
+    assert (completed == FAILED).nonzero()[0].tolist() == [3]
+
+
+def test_a_network_sut_is_named_by_every_rank(ranks: Ranks) -> None:
+    asked = Official("server", rules="mlperf-v5.0,shortened=200ms", name="echo")
+    ranks.start(settled(asked, TOTAL, TOTAL, [2000.0]) | {"network": True})
+    ranks.serve()
+    told, _ = ranks.fetched()
+    name = told["after"]["loadgen"]["keys"]["sut_name"]
+    assert name == "Network SUT: distbench on echo on jw2, echo on jw3"
+
+
+def twice(worker: Channel, seq: int, index: int) -> None:
+    done(worker, seq, index)
+    if seq == 11:
+        done(worker, seq, index)
+
+
+def unknown(worker: Channel, seq: int, index: int) -> None:
+    done(worker, seq + 10**6 if seq == 11 else seq, index)
+
+
+def raises(worker: Channel, seq: int, index: int) -> None:
+    if seq == 11:
+        worker.post(LEFT, 0, RAISED)
+    else:
+        done(worker, seq, index)
+
+
+def dies(worker: Channel, seq: int, index: int) -> None:
+    if seq >= 10 and worker.name == "rank 1":
+        worker.connection.shutdown(2)
+    else:
+        done(worker, seq, index)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (twice, r"rank [01] \(jw[23]\) answered sample 11, answered a second time"),
+        (unknown, r"rank [01] \(jw[23]\) answered sample 1000011, which it was not given"),
+        (raises, r"rank [01] \(jw[23]\) left in the middle of LoadGen's run: its model raised"),
+        (dies, r"the link to rank 1 \(jw3\) (ended|broke)"),
+    ],
+)
+def test_a_rank_that_does_harm_ends_the_run_by_name(ranks: Ranks, harm: Any, told: str) -> None:
+    ranks.begin("server")
+    begun = time.monotonic()
+    try:
+        ranks.serve(harm, 10)
+    except Exception as error:  # the driver has hung up, as it should
+        assert "link" in str(error)
+    sentence = ranks.ended()
+    assert re.search(told, sentence), sentence
+    assert time.monotonic() - begun < 20
+
+
+def test_an_answer_after_the_end(ranks: Ranks) -> None:
+    """It comes when LoadGen has all: nobody waits for it, and the run is not taken for good."""
+    ranks.begin("server")
+    ranks.serve(leaves=False)
+    ranks.workers[0].post(DONE, 5, 0)
+    ranks.workers[0].drain(5)
+    assert ranks.process.wait(20) != 0
+    kept = json.loads((ranks.out / "run" / "driver" / "after.json").read_text())
+    assert "rank 0 (jw2) answered sample 5, " in kept["end"]["sentence"]
+
+
+def test_a_rank_that_hangs_ends_with_rank_0s_link(ranks: Ranks) -> None:
+    """Ranks are watched by each other; rank 0 then ends its link, and LoadGen's process is gone."""
+    ranks.begin("server")
+    ranks.serve(lambda *_: None, 1.0)
+    ranks.control.close()
+    assert ranks.process.wait(10) == 6
+    kept = json.loads((ranks.out / "run" / "driver" / "after.json").read_text())
+    assert "ended in the window" in kept["end"]["sentence"]
+
+
+def test_a_driver_that_is_terminated_leaves_what_it_has(ranks: Ranks) -> None:
+    asked = Official("server", name="echo")
+    ranks.start(settled(asked, TOTAL, TOTAL, [2000.0]) | {"network": False})
+    ranks.serve(until_s=1.0)
+    ranks.process.terminate()
+    assert ranks.process.wait(10) == -signal.SIGTERM
+    rows = np.load(ranks.out / "run" / "driver" / "samples.npy", mmap_mode="r")
+    assert (rows > 0).any()
+    assert (ranks.out / "run" / "loadgen" / "mlperf_log_detail.txt").stat().st_size
+
+
+def test_a_host_without_the_rounds_loadgen() -> None:
+    check_installed("5.0.13", "mlperf")
+    with pytest.raises(UsageError, match=r"5\.0\.13 is installed.*distbench\[mlperf-v51\]"):
+        check_installed("5.1.2", "mlperf-v51")
