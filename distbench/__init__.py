@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distbench.distributed import run_distributed
     from distbench.layout import Layout, ShardPlan
     from distbench.load import Load
+    from distbench.mlperf import run_mlperf
     from distbench.multistream import run_multistream
     from distbench.offline import run_offline
     from distbench.run import Run
@@ -44,6 +45,7 @@ _HOMES = {
     "run_collectives": "distbench.collectives",
     "run_coordinated": "distbench.coordinated",
     "run_distributed": "distbench.distributed",
+    "run_mlperf": "distbench.mlperf",
     "run_multistream": "distbench.multistream",
     "run_offline": "distbench.offline",
     "run_server": "distbench.server",
@@ -64,6 +66,7 @@ __all__ = [
     "run_collectives",
     "run_coordinated",
     "run_distributed",
+    "run_mlperf",
     "run_multistream",
     "run_offline",
     "run_server",

@@ -12,6 +12,7 @@ COMMANDS = {
     "coordinated": "the same work on 1 .. N ranks in turn: scaling efficiency, and what is lost",
     "distributed": "one model over several ranks: pipeline stages or tensor-parallel parts",
     "collectives": "what the network gives: collective operations, their bandwidth and latency",
+    "mlperf": "MLCommons' LoadGen drives every rank: Offline, Server and the streams",
     "driver": "the process that issues queries under central dispatch, on a host of its own",
     "plan": "before a run: how many queries, how long, what could not be VALID",
     "verify": "recompute every figure of a result directory and check every hash",

@@ -82,7 +82,7 @@ def figures_of(run: Run, ours: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
     """Return the metrics of a run that LoadGen drove: its own, and ours under ``dispatch.``."""
     official, told = official_of(run), told_by(run)
     assert official is not None
-    keys = told["keys"]
+    keys = {} if official["mode"] == "accuracy" else told["keys"]
     out = {_renamed(name): value for name, value in ours.items()}
     n = int(ours["throughput"]["n"])
     if run.scenario != "offline":  # which is one query

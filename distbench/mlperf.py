@@ -11,22 +11,22 @@ pieces. What comes out is "MLPerf-style, unverified": a result of MLPerf is subm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from distbench import suite
 from distbench.cli import Option, Values, duration_ns, one_of, positive, positive_number
-from distbench.command import options_but, run_scenario, start_command
+from distbench.command import measure_joined, options_but, run_scenario, start_command
 from distbench.errors import UsageError
 from distbench.load import PAYLOADS, Load
 from distbench.models import check_model
 from distbench.official import MODES, Official
 from distbench.rules import parse_rules
-from distbench.settings import Settings
-from distbench.suite import benchmark
-from distbench.sut import SystemUnderTest
+from distbench.settings import Settings, script_settings
+from distbench.sut import Indices, SystemUnderTest
 from distbench.user_conf import SCENARIOS
 
 if TYPE_CHECKING:
@@ -65,8 +65,70 @@ def measure_mlperf(sut: SystemUnderTest, world: World, settings: Settings) -> Ru
         return run
 
 
+def run_mlperf(
+    sut: SystemUnderTest | Callable[[Indices], Sequence[Any]],
+    world: World | None = None,
+    *,
+    scenario: str = "offline",
+    mode: str = "performance",
+    benchmark: str = "digits",
+    rules: str = "mlperf-v5.0",
+    target_qps: float | None = None,
+    user_conf: str = "",
+    max_batch: int | None = None,
+    max_wait_s: float = 0.0,
+    warmup_s: float = 1.0,
+    timeout_s: float | None = None,
+    output_dir: str = "results",
+    name: str = "",
+    quiet: bool = True,
+) -> Run | Windows:
+    """Let LoadGen drive all ranks, and return the run.
+
+    Args:
+        sut: as of ``run_offline``; its outputs must be those that the benchmark's codec reads.
+        world: from ``distbench.join``; without it this process joins on its own.
+        scenario: "offline", "server", "singlestream" or "multistream".
+        mode: "performance" or "accuracy".
+        benchmark: of ``suite.BENCHMARKS``, whose limits, answers and score it has.
+        rules: a round of MLPerf, such as "mlperf-v5.0,shortened=5s".
+        target_qps: of Server and Offline, queries/s; None: user_conf's, or a default.
+        user_conf: text of LoadGen's user.conf; "" for none.
+        max_batch: samples of a group at most; None: by scenario.
+        max_wait_s: how long the oldest sample of a group waits for others at most, s.
+        warmup_s: how long to warm up at least, s.
+        timeout_s: how long a rank's count may stand still, s; None: by the slowest warm-up group.
+        output_dir: where the result directory goes.
+        name: replaces the scenario in the directory's name.
+        quiet: no progress on stderr.
+
+    Returns:
+        The run, on every rank; ``.report()`` is the text.
+
+    Raises:
+        UsageError: something cannot be used as asked, on any rank; all ranks raise it.
+        IncompleteError: the result could not be written.
+    """
+    official = Official(scenario, mode, benchmark, rules, target_qps, user_conf)
+    wait_ns = round(max_wait_s * 1e9)
+    load = Load(1.0, "poisson", "central", max_batch or _group(official), wait_ns)
+    settings = script_settings(
+        5.0,
+        warmup_s,
+        timeout_s,
+        rules=rules,
+        output_dir=output_dir,
+        name=name,
+        quiet=quiet,
+        load=load,
+        official=official,
+        model_name=official.benchmark.model,
+    )
+    return measure_joined(measure_mlperf, sut, world, settings)
+
+
 def _benchmark(name: str) -> str:
-    return benchmark(name).name
+    return suite.benchmark(name).name
 
 
 def _round(text: str) -> str:

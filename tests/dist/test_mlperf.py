@@ -172,6 +172,30 @@ def test_samples_cross_the_wire_as_data(tmp_path: Path) -> None:
     assert told["result"]["clock"]["driver"]["payload"] == "data"
 
 
+def from_a_script(out: str) -> dict[str, Any]:
+    """Serve the benchmark with a function of the user's own."""
+    import numpy as np
+
+    import distbench
+    from distbench.models.digits_data import read_data
+
+    labels = read_data().labels
+    with distbench.join(device="cpu") as world:
+        run = distbench.run_mlperf(
+            lambda indices: np.eye(10)[labels[indices]], world, mode="accuracy", rules=SHORT,
+            warmup_s=0.05, output_dir=out,
+        )  # fmt: skip
+        return run.result()
+
+
+def test_a_function_serves_a_benchmark_from_a_script(tmp_path: Path) -> None:
+    """It has 1,024 samples: not all that are held out, which is told."""
+    for result in run_ranks(from_a_script, 2, str(tmp_path)):
+        found = result["metrics"]["accuracy"]
+        assert found["value"] is None and "no answer for sample" in found["reason"]
+        assert result["verdict"]["rules"]["result"] == "INVALID"
+
+
 def refused(out: str, options: dict[str, Any]) -> str:
     """Return the sentence that all ranks get, and that nothing was left."""
     try:

@@ -1,0 +1,157 @@
+"""LoadGen's word on a run whose logs are made up: VALID only with a clean log and clean facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distbench.official import Official, settled
+from distbench.run import Run
+from distbench.verdict import result
+from tests.unit.dispatched import dispatched
+
+N = 2_000
+KEYS = {
+    "result_validity": "VALID",
+    "result_query_count": N,
+    "result_completed_samples_per_sec": 199.5,
+    "result_scheduled_samples_per_sec": 200.25,
+    "result_min_duration_met": True,
+    "result_min_queries_met": True,
+    "result_perf_constraints_met": True,
+    "early_stopping_met": True,
+    "early_stopping_result": " * Run successful.",
+    "effective_min_query_count": 100,
+    "effective_target_latency_ns": 15_000_000,
+    "result_99.00_percentile_latency_ns": 7_000_000,
+    "result_max_latency_ns": 9_000_000,
+    "result_mean_latency_ns": 3_000_000,
+}
+
+
+def run(
+    keys: dict[str, Any] | None = None, official: dict[str, Any] | None = None, **told: Any
+) -> Run:
+    """Return a run of LoadGen's over two ranks."""
+    made = dispatched(N)
+    assert made.driver is not None and made.driver.after is not None
+    asked = settled(Official("server", rules="mlperf-v5.0"), 1797, 1797, [900.0])
+    asked |= {"network": False, **(official or {})}
+    loadgen = {"keys": KEYS | (keys or {}), "errors": [], "warnings": [], "torn": False}
+    loadgen |= {"problem": "", "right": None, "of": None, **told}
+    after = made.driver.after | {"loadgen": loadgen, "audit_config": told.get("audit", "")}
+    records = []
+    for record in made.present:
+        record.before["official"] = asked
+        record.before["rules"] = "mlperf-v5.0"
+        records.append(record)
+    driver = replace(made.driver, after=after)
+    return replace(made, records=tuple(records), driver=driver)
+
+
+def rules_and_codes(made: Run) -> tuple[dict[str, Any], set[str]]:
+    verdict = result(made)["verdict"]
+    return verdict["rules"], {each["code"] for each in verdict["findings"]}
+
+
+def test_loadgens_figures_and_its_word() -> None:
+    found = result(run())
+    metrics, rules = found["metrics"], found["verdict"]["rules"]
+    assert metrics["throughput"]["value"] == 199.5
+    assert metrics["throughput"]["definition"] == "LoadGen's result_completed_samples_per_sec"
+    assert metrics["latency.p99"]["value"] == 0.007 and metrics["latency.p99"]["n"] == N
+    assert metrics["latency.p50"]["value"] is None
+    assert metrics["latency.p50"]["reason"] == "LoadGen's log has it not"
+    assert metrics["dispatch.latency.p99"]["value"] is not None
+    assert metrics["dispatch.throughput"]["value"] is not None
+    assert (rules["result"], rules["source"]) == ("VALID", "loadgen")
+    assert rules["wording"] == "MLPerf-style, unverified"
+    gates = {gate["name"]: gate for gate in rules["gates"]}
+    assert gates["latency.p99"]["value"] == 0.007 and gates["latency.p99"]["limit"] == 0.015
+    assert all(gate["passed"] for gate in gates.values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "official", "told", "code"),
+    [
+        ({"result_validity": "INVALID"}, {}, {}, ""),
+        ({}, {}, {"errors": ["error_runtime: tokens"]}, "loadgen-errors"),
+        ({}, {}, {"problem": "mlperf_log_detail.txt cannot be read"}, "loadgen-log"),
+        ({}, {"edited": ["*.Server.target_latency"]}, {}, "conf-edited"),
+        ({"result_99.00_percentile_latency_ns": 15_000_001}, {}, {}, ""),
+    ],
+)
+def test_what_leaves_no_valid(
+    keys: dict[str, Any], official: dict[str, Any], told: dict[str, Any], code: str
+) -> None:
+    rules, codes = rules_and_codes(run(keys, official, **told))
+    assert rules["result"] == "INVALID"
+    assert codes >= ({code} if code else set())
+
+
+def test_a_shortened_run_is_never_valid() -> None:
+    assert rules_and_codes(run(official={"shortened": True}))[0]["result"] == "SHORTENED"
+
+
+def test_early_stopping_says_how_many_more() -> None:
+    text = " * Run unsuccessful.  * Would need to run at least 359 more queries"
+    keys = {"early_stopping_met": False, "early_stopping_result": text, "result_validity": "X"}
+    gates = {gate["name"]: gate for gate in rules_and_codes(run(keys))[0]["gates"]}
+    assert gates["early_stopping"]["needed"] == 359
+    assert gates["early_stopping"]["limit"] == N + 359
+
+
+def test_an_audit_config_beside_the_driver_is_told() -> None:
+    rules, codes = rules_and_codes(run(audit="/home/user"))
+    assert "audit-config" in codes and rules["result"] == "VALID"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "code"), [("ecc", False, "ecc-off"), ("prefix", True, "prefix-caching")]
+)
+def test_what_the_rules_forbid_of_a_rank(field: str, value: bool, code: str) -> None:
+    made = run()
+    before = made.present[1].before
+    if field == "ecc":
+        before["gpu_before"] = (before.get("gpu_before") or {}) | {"ecc_mode": value}
+    else:
+        before["model"] = before["model"] | {"prefix_caching": value}
+    rules, codes = rules_and_codes(made)
+    assert code in codes and rules["result"] == "INVALID"
+
+
+def test_a_sample_that_failed_is_an_error_whatever_loadgen_says() -> None:
+    made = run()
+    assert made.driver is not None and made.driver.rows is not None
+    column = made.driver.before["columns"].index("completed")
+    made.driver.rows[7, column] = -2
+    rules, _ = rules_and_codes(made)
+    assert rules["result"] == "INVALID"
+    assert next(g for g in rules["gates"] if g["name"] == "errors")["value"] == 1
+
+
+def test_accuracy_mode_counts_and_times_nothing() -> None:
+    official = {"mode": "accuracy"}
+    found = result(run({}, official, right=359.0, of=360.0))
+    assert found["metrics"]["accuracy"]["value"] == 359 / 360
+    assert found["metrics"]["latency.p99"]["reason"] == "accuracy mode times nothing"
+    assert found["verdict"]["rules"]["result"] == "VALID"
+    low = result(run({}, official, right=340.0, of=360.0))["verdict"]["rules"]
+    assert low["result"] == "INVALID"
+    none = result(run({}, official))
+    assert none["metrics"]["accuracy"]["value"] is None
+    assert none["verdict"]["rules"]["result"] == "INVALID"
+
+
+def test_a_driver_that_ended_early_gives_no_figure_of_loadgens(tmp_path: Path) -> None:
+    made = run()
+    assert made.driver is not None and made.driver.after is not None
+    after = {key: value for key, value in made.driver.after.items() if key != "loadgen"}
+    after["end"] = {"code": "failed", "rank": -1, "host": "jw1", "sentence": "rank 1 was lost"}
+    found = result(replace(made, driver=replace(made.driver, after=after)))
+    assert found["verdict"]["status"] == "INCOMPLETE"
+    assert found["verdict"]["rules"]["result"] == "INVALID"
+    assert found["metrics"]["latency.p99"]["value"] is None
