@@ -26,6 +26,9 @@ DEFAULT_QPS = 200.0
 """Of Server, where neither the command nor user.conf gives a rate."""
 STREAM_LATENCY_NS = {"singlestream": 10 * MS, "multistream": 80 * MS}
 """LoadGen's own expected latencies (loadgen/test_settings.h)."""
+CEILING_QPS = 1.0e6
+"""LoadGen from Python completes no more, whatever the system does (0.7 to 1.2 million samples/s of
+one that does nothing, on an AMD EPYC, 2026-11-26: ``benchmarks/mlperf.py``)."""
 EXPECTED_SHARE = 0.5
 """An expected latency that is too long lets LoadGen run out of queries, one too short costs it
 memory: half of what the warm-up took is asked for."""
@@ -187,7 +190,7 @@ def settled(
     if asked.scenario in STREAM_LATENCY_NS:
         plan |= _stream_counts(asked, value, limit, multiple, max(rates) / depth)
     else:
-        plan |= _rated_counts(asked, value, limit, multiple, sum(rates))
+        plan |= _rated_counts(asked, value, limit, multiple, min(sum(rates), CEILING_QPS))
     if asked.mode == "accuracy":
         plan["capacity"] = total
     return plan
@@ -289,7 +292,7 @@ def _own_lines(asked: Official, limit: Limits, rates: Sequence[float]) -> list[s
     elif asked.scenario == "server":
         own["target_qps"] = DEFAULT_QPS
     else:
-        own["target_qps"] = float(f"{sum(rates) * 1.1:.4g}")
+        own["target_qps"] = float(f"{min(sum(rates), CEILING_QPS) * 1.1:.4g}")
     shortening = {"min_duration"} if limit.shortened else set[str]()
     kept = {
         key: value

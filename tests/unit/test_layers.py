@@ -214,7 +214,8 @@ def test_the_public_names() -> None:
     assert sorted(distbench.__all__) == [
         "Done", "Layout", "Load", "Run", "ShardPlan", "SystemUnderTest", "Windows", "World", "join",
         "load_run",
-        "run_collectives", "run_coordinated", "run_distributed", "run_mlperf", "run_multistream", "run_offline",
+        "run_collectives", "run_coordinated", "run_distributed", "run_mlperf",
+        "run_multistream", "run_offline",
         "run_server",
         "run_singlestream",
     ]  # fmt: skip
