@@ -247,6 +247,11 @@ class Dispatch:
             self._before["columns"] += more
             asked = {"do": "window", "folder": parts, "before": self._before, "columns": more}
             try:
+                if before.get("official", {}).get("tokens") and not more:
+                    raise UsageError(
+                        f"{before['official']['benchmark']} is judged by its tokens, and "
+                        f"{self.settings.model_name} stamps none: give a model that does"
+                    )
                 # Of LoadGen's order and schedule nothing is told before.
                 arrays = ([], []) if part.due_ns is None else (part.due_ns, part.order)
                 tell(self.control, asked, *arrays)

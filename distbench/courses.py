@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from distbench.dispatch import COLUMNS, TOKEN_COLUMNS
 from distbench.errors import UsageError
 from distbench.official import settled
 from distbench.offline import offline_loop
@@ -17,6 +18,7 @@ from distbench.prepare import Course, Part
 from distbench.server import SERVER, draw
 from distbench.settings import SAMPLE_LIMIT
 from distbench.sut import SystemUnderTest
+from distbench.talk import LIMIT_BYTES
 from distbench.worker import loaded
 
 if TYPE_CHECKING:
@@ -60,8 +62,10 @@ def _agreed(sentence: str) -> UsageError:
     return error
 
 
-OFFICIAL_LIMIT = 100_000_000
-"""Samples of an official run: the driver's log of so many is 5.6 GB, rank 0's gather as much."""
+OFFICIAL_LIMIT = LIMIT_BYTES // (8 * len((*COLUMNS, *TOKEN_COLUMNS)))
+"""Samples of an official run: the driver hands its log of so many over in one piece."""
+STREAM_LIMIT = 100_000_000
+"""Of a stream, which uses a part of what may come: no query of one takes less than 20 us."""
 
 
 def loadgen_course(dispatch: Dispatch, scenario: str) -> Course:
@@ -70,16 +74,18 @@ def loadgen_course(dispatch: Dispatch, scenario: str) -> Course:
     def part(_rank: int, sut: SystemUnderTest, settings: Settings, rates: Sequence[float]) -> Part:
         assert settings.official is not None and settings.load is not None
         official = settled(settings.official, sut.total, sut.resident, rates, sut.depth)
-        official["network"] = dispatch.apart
+        official |= {"network": dispatch.apart, "model": settings.model_name}
         if dispatch.apart and settings.load.payload == "index":
             raise _agreed(
                 "LoadGen's host has no rank, which is MLPerf's Network division, and there the "
                 "samples themselves cross the wire: give --payload data"
             )
         capacity, replicas = official["capacity"], len(rates)
-        if capacity > OFFICIAL_LIMIT:
+        stream = scenario.endswith("stream")
+        limit = STREAM_LIMIT if stream else OFFICIAL_LIMIT
+        if capacity > limit:
             raise _agreed(
-                f"LoadGen may issue {capacity:,} samples in this run, and {OFFICIAL_LIMIT:,} is "
+                f"LoadGen may issue {capacity:,} samples in this run, and {limit:,} is "
                 "the limit: lower the target_qps, or raise the expected latency"
             )
         digest = hashlib.sha256(json.dumps(official, sort_keys=True).encode()).hexdigest()

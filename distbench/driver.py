@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -81,6 +82,7 @@ class Driver:
         self.hub: Hub | None = None
         self.encode: Callable[[Sequence[int]], Sequence[bytes]] | None = None
         self.window: Window | None = None
+        self._ending = threading.Lock()
 
     def serve(self) -> None:
         """Do what rank 0 tells until it says that the run is over.
@@ -284,6 +286,7 @@ class Driver:
         Its logs stay as far as it has written them.
         """
         assert self.window is not None
+        self._ending.acquire()  # LoadGen's thread and the reading one may both come here: for good
         self._note_end(self.window, error)
         self._save(self.window)
         with contextlib.suppress(Exception):

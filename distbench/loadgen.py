@@ -109,6 +109,18 @@ class Session:
         self._answers, self._cells = 0, log.cells()
         self._pool = [self.lg.QuerySampleResponse(0, 0, 0) for _ in range(POOL)]
 
+    def guarded(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a callback that raises nothing, which would unwind LoadGen in mid-flight."""
+
+        def safe(*given: Any) -> Any:
+            try:
+                return call(*given)
+            except Exception as error:
+                self.fail(error)
+                return ""
+
+        return safe
+
     # -- LoadGen's thread ------------------------------------------------------------------------
 
     def issue(self, samples: Sequence[Any]) -> None:
@@ -118,8 +130,8 @@ class Session:
         if row + len(samples) > self.log.capacity:
             self.fail(
                 DriverEnded(
-                    f"LoadGen issued more than the {self.log.capacity:,} samples that its settings "
-                    "give: another version than the round's?"
+                    f"LoadGen issued more than the {self.log.capacity:,} samples that follow from "
+                    "its settings: leave the keys that change their number out of user.conf"
                 )
             )
         if len(samples) > SCATTER * replicas:
@@ -140,7 +152,8 @@ class Session:
     def _scatter(self, samples: Sequence[Any], row: int) -> None:
         """Deal all samples out, in pieces that each replica gets in turn."""
         replicas, count, log = len(self.sent), len(samples), self.log
-        size = max(1, min(PIECE, -(-count // replicas)))
+        rounds = -(-count // (PIECE * replicas))
+        size = -(-count // (rounds * replicas))  # all pieces alike: none may wait for one more
         for begin in range(0, count, size):
             piece = samples[begin : begin + size]
             first, end, place = row + begin, row + begin + len(piece), self.turn
@@ -312,8 +325,11 @@ def settings_of(lg: Any, official: dict[str, Any], conf: Path) -> Any:
     """Return LoadGen's settings: its own mlperf.conf, and the user.conf of the run."""
     kind = SCENARIOS[official["scenario"]]
     settings = lg.TestSettings()
-    settings.FromConfig("", official["config"], kind, 0)
-    settings.FromConfig(str(conf), official["config"], kind, 1)
+    # Where a line is not to its taste LoadGen drops the whole file, and goes on with its defaults.
+    if settings.FromConfig("", official["config"], kind, 0):
+        raise UsageError("LoadGen cannot read its own mlperf.conf: install its wheel anew")
+    if settings.FromConfig(str(conf), official["config"], kind, 1):
+        raise UsageError(f"LoadGen does not take {conf}: see its lines, and mend --user-conf")
     settings.scenario = getattr(lg.TestScenario, kind)
     settings.mode = getattr(lg.TestMode, MODES[official["mode"]])
     return settings
@@ -336,12 +352,13 @@ def run_loadgen(session: Session, official: dict[str, Any], folder: Path) -> Non
     log.log_output.outdir = str(folder)
     log.log_output.copy_summary_to_stdout = False
     total, resident = official["total"], official["resident"]
-    library = lg.ConstructQSL(total, resident, session.load, session.unload)
+    load, unload, issue = map(session.guarded, (session.load, session.unload, session.issue))
+    library = lg.ConstructQSL(total, resident, load, unload)
     network = bool(official.get("network"))
     if network:
-        sut = lg.ConstructQDL(session.issue, session.flush, session.name)
+        sut = lg.ConstructQDL(issue, session.flush, session.guarded(session.name))
     else:
-        sut = lg.ConstructSUT(session.issue, session.flush)
+        sut = lg.ConstructSUT(issue, session.flush)
     reading = threading.Thread(target=session.read, name="answers", daemon=True)
     reading.start()
     try:

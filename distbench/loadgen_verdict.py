@@ -7,6 +7,7 @@ which LoadGen handed them over, stands beside them under ``dispatch.``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -99,10 +100,10 @@ def figures_of(run: Run, ours: Mapping[str, dict[str, Any]]) -> dict[str, dict[s
     judged = official["tokens"] and run.scenario == "server"
     known = [x for x, (key, _) in SERIES.items() if judged or key.format("50.00") in keys]
     for name in dict.fromkeys(["latency", *known]):
-        out |= _series(keys, name, n, why, QUERIES if run.scenario == "multistream" else None)
+        queries = run.scenario == "multistream" and name == "latency"
+        out |= _series(keys, name, n, why, QUERIES if queries else None)
     if run.scenario in ESTIMATES:
-        name, key = ESTIMATES[run.scenario]
-        out[name] = _taken(keys, key, "s", n, why, NS)
+        out |= _estimate(keys, run.scenario, n, why, official["tokens"])
     if official["mode"] == "accuracy":
         out["accuracy"] = _accuracy(told)
     return out
@@ -134,6 +135,25 @@ def _series(
     return {f"{name}.{x}": _taken(keys, key, "s", n, why, NS) for x, key in names.items()}
 
 
+def _estimate(
+    keys: Mapping[str, Any], scenario: str, n: int, why: str, tokens: bool
+) -> dict[str, dict[str, Any]]:
+    """Return early stopping's estimate, where LoadGen has one.
+
+    With token latencies LoadGen estimates TPOT, then TTFT, under one key: what stays is TTFT's
+    (loadgen/results.cc). It writes 0 where there are too few queries.
+    """
+    name, key = ESTIMATES[scenario]
+    found = _taken(keys, key, "s", n, why, NS)
+    if found["value"] == 0:
+        found = _taken({}, key, "s", n, "LoadGen wrote 0: fewer queries than it needs", NS)
+    if not tokens:
+        return {name: found}
+    reason = "with token latencies LoadGen's estimate is of the time to the first token"
+    other = name.replace("latency", "ttft")
+    return {name: _taken({}, key, "s", n, reason, NS), other: found}
+
+
 def _accuracy(told: Mapping[str, Any]) -> dict[str, Any]:
     definition = "right / scored over the answers in LoadGen's mlperf_log_accuracy.json"
     right, of = told.get("right"), told.get("of")
@@ -161,8 +181,31 @@ def gates_of(run: Run, figures: Mapping[str, Mapping[str, Any]]) -> list[Gate]:
         value = figures[f"{series}.p99"]["value"]
         met = value is not None and value <= limit_ns / NS
         gates.append(Gate(f"{series}.p99", value or 0.0, limit_ns / NS, "s", met))
+    planned = _as_planned(run.scenario, official, keys)
+    gates.append(Gate("settings", float(planned), 1.0, "1", planned))
     valid = keys.get("result_validity") == "VALID"
     return [*gates, clean, Gate("loadgen-valid", float(valid), 1.0, "1", valid)]
+
+
+def _as_planned(scenario: str, official: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:
+    """Tell whether LoadGen ran with the seeds, the duration and the counts that were planned."""
+    seeds = official["seeds"]
+    wanted = {
+        "effective_qsl_rng_seed": seeds["qsl"],
+        "effective_sample_index_rng_seed": seeds["sample_index"],
+        "effective_schedule_rng_seed": seeds["schedule"],
+        "effective_min_duration_ms": official["min_duration_ns"] // 1_000_000,
+        "effective_performance_sample_count": official["resident"],
+    }
+    if scenario in ("server", "offline"):
+        wanted["effective_target_qps"] = float(official["target_qps"])
+    return all(_same(keys.get(key), value) for key, value in wanted.items())
+
+
+def _same(found: Any, wanted: float) -> bool:
+    if isinstance(wanted, int):
+        return bool(found == wanted)
+    return isinstance(found, int | float) and math.isclose(found, wanted, rel_tol=1e-5)
 
 
 def _least_gates(run: Run, official: Mapping[str, Any], keys: Mapping[str, Any]) -> list[Gate]:
@@ -290,7 +333,31 @@ def loadgen_found(run: Run) -> list[Finding]:
 
 def _not_by_the_rules(run: Run) -> list[Finding]:
     """Return what of a rank the rules forbid, C and R: ECC off, answers taken from a cache."""
-    found = []
+    found, official = [], official_of(run) or {}
+    model = str(official.get("model", "")).partition(",")[0]
+    if official["listed"] and model != official["benchmark"]:
+        found.append(
+            Finding(
+                "invalid",
+                "benchmark-replaced",
+                f"{official['benchmark']} of MLPerf's list was served by "
+                f"{model or 'another model'}",
+                remedy="leave --model out, or give it that model with other options",
+            )
+        )
+    if official["listed"] and official["resident"] < official["samples_wanted"]:
+        found.append(
+            Finding(
+                "invalid",
+                "samples-few",
+                f"{official['benchmark']} has {official['samples_wanted']:,} samples loaded by the "
+                f"rules, and this run {official['resident']:,}",
+                value=official["resident"],
+                limit=official["samples_wanted"],
+                remedy="give a model with as many samples, such as --model "
+                f"{official['benchmark']},samples={official['samples_wanted']}",
+            )
+        )
     for record in run.workers:
         state = record.before.get("gpu_before") or {}
         if state.get("ecc_mode") is False:

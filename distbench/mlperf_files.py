@@ -10,7 +10,7 @@ import numpy as np
 
 from distbench import files
 from distbench.errors import UsageError
-from distbench.mllog import read_answers, read_detail
+from distbench.mllog import DETAIL, read_answers, read_detail
 from distbench.rounds import V5_0, V5_1
 from distbench.samples import Array
 from distbench.suite import benchmark, scored
@@ -74,6 +74,8 @@ def told(folder: Path, official: dict[str, Any]) -> dict[str, Any]:
         found["keys"] = {k: v for k, v in detail.keys.items() if isinstance(v, plain)}
         found |= {"errors": list(detail.errors), "warnings": list(detail.warnings)}
         found["torn"] = detail.torn
+        if detail.torn:
+            found["problem"] = f"{folder / DETAIL} has an entry that cannot be read"
         if official["mode"] == "accuracy":
             answers = read_answers(folder)
             found["right"], found["of"] = scored(benchmark(official["benchmark"]), answers)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,8 @@ one that does nothing, on an AMD EPYC, 2026-11-26: ``benchmarks/mlperf.py``)."""
 EXPECTED_SHARE = 0.5
 """An expected latency that is too long lets LoadGen run out of queries, one too short costs it
 memory: half of what the warm-up took is asked for."""
+ROUND_TRIP_S = 40e-6
+"""A query's way to a replica and back takes no less (38 to 41 us measured over TCP on loopback)."""
 STREAM_PLANNED = 2.2
 """LoadGen makes queries for twice the duration at the expected latency, and no more."""
 STREAM_SPARE = 1024
@@ -188,12 +190,20 @@ def settled(
     equal = bool(value("sample_concatenate_permutation", bool(listed and listed.equal_issue)))
     multiple = loaded if equal else 1
     if asked.scenario in STREAM_LATENCY_NS:
-        plan |= _stream_counts(asked, value, limit, multiple, max(rates) / depth)
+        plan |= _stream_counts(asked, value, limit, multiple, rates, depth)
     else:
         plan |= _rated_counts(asked, value, limit, multiple, min(sum(rates), CEILING_QPS))
     if asked.mode == "accuracy":
-        plan["capacity"] = total
+        plan["capacity"] = _accuracy_count(asked, total, loaded)
     return plan
+
+
+def _accuracy_count(asked: Official, total: int, loaded: int) -> int:
+    """Return how many samples accuracy mode issues: MultiStream fills up its last queries."""
+    if asked.scenario != "multistream":
+        return total
+    sets = [loaded] * (total // loaded) + [total % loaded]
+    return sum(-(-each // SAMPLES_PER_QUERY) * SAMPLES_PER_QUERY for each in sets)
 
 
 def _look_up(conf: Conf, asked: Official, key: str, otherwise: float) -> float:
@@ -223,6 +233,8 @@ def _described(
         "listed": asked.listed is not None,
         "total": total,
         "resident": loaded,
+        "samples_wanted": chosen,
+        "seeds": asdict(asked.round.seeds),
         "tokens": bool(value("use_token_latencies", _has_tokens(asked))),
         "min_duration_ns": _least_ns(value, limit),
         "conf": _text(asked, lines),
@@ -283,10 +295,8 @@ def _own_lines(asked: Official, limit: Limits, rates: Sequence[float]) -> list[s
         if asked.scenario == "offline":
             own["min_query_count"] = limit.min_queries
     if asked.scenario in STREAM_LATENCY_NS:
-        samples = SAMPLES_PER_QUERY if asked.scenario == "multistream" else 1
-        if rates and min(rates) > 0:
-            took_ms = samples / max(rates) * 1e3 * EXPECTED_SHARE
-            own["target_latency"] = float(f"{took_ms:.3g}")
+        took_ms = (_spread(asked, rates) / max(rates) + ROUND_TRIP_S) * 1e3
+        own["target_latency"] = float(f"{took_ms * EXPECTED_SHARE:.3g}")
     elif asked.target_qps is not None:
         own["target_qps"] = asked.target_qps
     elif asked.scenario == "server":
@@ -332,22 +342,33 @@ def _edited(asked: Official, limit: Limits, resident: int) -> list[str]:
     return edited
 
 
+def _spread(asked: Official, rates: Sequence[float]) -> int:
+    """Return how many samples of a stream's query one replica gets: they go to all of them."""
+    return -(-SAMPLES_PER_QUERY // len(rates)) if asked.scenario == "multistream" else 1
+
+
 def _stream_counts(
-    asked: Official, value: Value, limit: Limits, multiple: int, rate: float
+    asked: Official,
+    value: Value,
+    limit: Limits,
+    multiple: int,
+    rates: Sequence[float],
+    depth: int,
 ) -> dict[str, Any]:
     """Return how many samples a stream may issue: LoadGen makes its queries before it starts."""
     least_ns, queries = _least_ns(value, limit), _least_queries(asked, value, limit)
     expected_ns = value("target_latency", STREAM_LATENCY_NS[asked.scenario] / MS) * MS
-    samples = SAMPLES_PER_QUERY if asked.scenario == "multistream" else 1
+    samples = int(value("samples_per_query", SAMPLES_PER_QUERY))
+    samples = samples if asked.scenario == "multistream" else 1
     made = max(queries, math.ceil(STREAM_PLANNED * least_ns / max(expected_ns, 1))) + STREAM_SPARE
     made = -(-made // multiple) * multiple + multiple
-    took_s = made * samples / rate if rate > 0 else math.inf
-    if asked.mode == "performance" and took_s < least_ns / 1e9:
-        right_ms = samples / rate * 1e3
+    right_s = _spread(asked, rates) * depth / max(rates) + ROUND_TRIP_S
+    if asked.mode == "performance" and made * right_s < least_ns / 1e9:
         raise _agreed(
             f"target_latency {expected_ns / MS:g} ms lets LoadGen make {made:,} queries, which "
-            f"last {took_s:.3g} s at the {right_ms:.3g} ms of the warm-up, and the run has to last "
-            f"{least_ns / 1e9:g} s: give target_latency {right_ms:.3g} or less in user.conf"
+            f"last {made * right_s:.3g} s at the {right_s * 1e3:.3g} ms of the warm-up, and the "
+            f"run has to last {least_ns / 1e9:g} s: give target_latency {right_s * 1e3:.3g} or "
+            "less in user.conf"
         )
     return {"capacity": made * samples, "expected_latency_ns": int(expected_ns)}
 

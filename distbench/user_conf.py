@@ -11,7 +11,7 @@ TestSettings::FromConfig, tag v5.0.1; the keys were tried one by one on mlcommon
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 
 from distbench.cli import nearest
@@ -65,6 +65,11 @@ KEYS = {
 }
 """Keys that LoadGen knows, by scenario."""
 
+FRACTIONS = ("target_qps", "target_latency_percentile", "token_latency_scaling_factor")
+"""Keys that take a fraction; so does the expected latency of the streams."""
+STREAMS = ("SingleStream", "MultiStream")
+_WHOLE, _FRACTION = re.compile(r"0|[1-9][0-9]*"), re.compile(r"[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?")
+
 Conf = Mapping[str, float]
 """Value of each name, such as "digits.Server.target_qps"."""
 
@@ -82,24 +87,34 @@ def parse_conf(text: str, models: Sequence[str], path: str = "user.conf") -> dic
     """
     found: dict[str, float] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        words = line.split("#")[0].split()
-        if not words:
+        words = line.split()
+        if not words or words[0] == "#":
             continue
         here = f"{path}, line {number}"
+        if words[0].startswith("#"):
+            if len(words) == 1:
+                continue
+            raise UsageError(
+                f"{here}: LoadGen takes a comment for one only after `# `, with a blank"
+            )
         if len(words) != 3 or words[1] != "=":
             raise UsageError(
                 f"{here}: {line.strip()!r} is not `model.Scenario.key = number`, with blanks "
-                "around the ="
+                "around the = and nothing behind the number, without which LoadGen drops the file"
             )
-        try:
-            value = float(words[2])
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise UsageError(f"{here}: {words[2]!r} is no number, and LoadGen takes nothing else")
         _check_name(words[0], models, here)
-        found[words[0]] = value
+        found[words[0]] = _number(words[0], words[2], here)
     return found
+
+
+def _number(name: str, text: str, here: str) -> float:
+    """Read a value as LoadGen does: C's strtoull for most keys, which stops at a point or an e."""
+    _, scenario, key = name.split(".")
+    fraction = key in FRACTIONS or (key == "target_latency" and scenario in STREAMS)
+    if not re.fullmatch(_FRACTION if fraction else _WHOLE, text):
+        kind = "number" if fraction else "whole number in plain digits, and LoadGen reads another"
+        raise UsageError(f"{here}: {text!r} is no {kind}")
+    return float(text)
 
 
 def _check_name(name: str, models: Sequence[str], here: str) -> None:

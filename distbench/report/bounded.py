@@ -66,6 +66,7 @@ def _rows(result: dict[str, Any], name: str) -> list[list[Any]]:
 
 FLAGS = {
     "min_duration_met": "min_duration, as LoadGen says",
+    "settings": "LoadGen ran with the round's seeds and the planned settings",
     "loadgen-valid": "LoadGen's own word, VALID",
 }
 """Gates that are a yes or a no."""

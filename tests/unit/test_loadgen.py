@@ -6,9 +6,10 @@ import json
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 
 from distbench import wire
 from distbench.clock import clock_domain, now_ns
+from distbench.dispatch import COLUMNS
 from distbench.errors import UsageError
 from distbench.frames import (
     DONE,
@@ -33,12 +35,13 @@ from distbench.frames import (
     UNLOAD,
     WHOLE,
     Channel,
+    ChannelLost,
     packed,
 )
-from distbench.loadgen import check_installed
+from distbench.loadgen import PIECE, Session, check_installed
 from distbench.mllog import parse_detail
 from distbench.official import Official, settled
-from distbench.samples import FAILED
+from distbench.samples import FAILED, SampleLog
 from distbench.spawn import start_driver
 from distbench.talk import hear, tell
 from distbench.wire import Seat
@@ -175,6 +178,12 @@ def test_every_sample_once_and_loadgen_says_valid_or_why(ranks: Ranks, scenario:
     text = (ranks.out / "run" / "loadgen" / "mlperf_log_detail.txt").read_text()
     assert parse_detail(text).keys["result_validity"] == keys["result_validity"]
     assert keys["effective_min_duration_ms"] == 200
+    assert keys["effective_performance_sample_count"] == official["resident"]
+    if official["target_qps"] is not None:
+        assert keys["effective_target_qps"] == pytest.approx(official["target_qps"], rel=1e-5)
+    if scenario in ("offline", "multistream"):
+        counts = list(map(len, ranks.issued))
+        assert max(counts) - min(counts) <= 1 + 0.001 * sum(counts), "nobody waits for the other"
 
 
 def test_answers_are_in_loadgens_accuracy_log(ranks: Ranks) -> None:
@@ -194,6 +203,64 @@ def test_answers_are_in_loadgens_accuracy_log(ranks: Ranks) -> None:
         "no answer for sample" in told["after"]["loadgen"]["problem"]
         or "answered with" in (told["after"]["loadgen"]["problem"])
     )
+
+
+def test_multistream_fills_up_its_last_query_in_accuracy_mode(ranks: Ranks) -> None:
+    asked = Official("multistream", "accuracy", "digits", "mlperf-v5.0,shortened=200ms")
+    official = settled(asked, 1797, 1797, [2000.0]) | {"network": False}
+    ranks.start(official)
+    ranks.serve(lambda worker, seq, index: worker.post(DONE, seq, 0, bytes(8)))
+    told, rows = ranks.fetched()
+    assert len(rows) == official["capacity"] == 1800
+    assert told["after"]["loadgen"]["of"] == 360 > told["after"]["loadgen"]["right"] > 0
+
+
+def test_a_conf_that_loadgen_drops_is_no_run(ranks: Ranks) -> None:
+    asked = Official("server", name="echo")
+    official = settled(asked, TOTAL, TOTAL, [2000.0]) | {"network": False}
+    ranks.start(official | {"conf": "*.Server.target_qps = 3 # three\n"})
+    told = hear(ranks.control)[0]
+    assert "LoadGen does not take" in told["error"]
+    assert ranks.issued == [[], []]
+
+
+def test_a_send_that_fails_inside_loadgens_callback_is_told_and_not_raised() -> None:
+    """The reading thread need not be the first to see that a rank is gone."""
+    told: list[Exception] = []
+
+    class Gone:
+        channels = (None, None)
+        data: Mapping[int, bytes] = MappingProxyType({})
+
+        def post(self, *_: Any) -> None:
+            raise ChannelLost("the link to rank 1 (jw3) broke")
+
+    log = SampleLog.in_memory(4, COLUMNS)
+    session = Session(Gone(), log, 0, now_ns, told.append, tokens=False)  # type: ignore[arg-type]
+    sample = type("Sample", (), {"id": 1, "index": 0})()
+    session.guarded(session.issue)([sample])
+    assert [str(each) for each in told] == ["the link to rank 1 (jw3) broke"]
+
+
+@pytest.mark.parametrize("count", [129, 1_000, 196_608, 524_289])
+def test_offlines_samples_are_dealt_out_evenly(count: int) -> None:
+    got = [0, 0]
+
+    class Taking:
+        channels = (None, None)
+        data: Mapping[int, bytes] = MappingProxyType({})
+
+        def post_many(self, place: int, _seq: int, indices: Any) -> None:
+            got[place] += len(indices)
+
+        def flush(self) -> None:
+            pass
+
+    log = SampleLog.in_memory(count, COLUMNS)
+    session = Session(Taking(), log, 0, now_ns, print, tokens=False)  # type: ignore[arg-type]
+    sample = type("Sample", (), {"id": 1, "index": 0})()
+    session.issue([sample] * count)
+    assert sum(got) == count and max(got) - min(got) <= -(-count // (2 * PIECE))
 
 
 def test_a_sample_that_failed_is_completed_for_loadgen_and_kept_as_failed(ranks: Ranks) -> None:

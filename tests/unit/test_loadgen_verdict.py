@@ -26,6 +26,12 @@ KEYS = {
     "early_stopping_result": " * Run successful.",
     "effective_min_query_count": 100,
     "effective_target_latency_ns": 15_000_000,
+    "effective_min_duration_ms": 600_000,
+    "effective_target_qps": 200,
+    "effective_performance_sample_count": 1797,
+    "effective_qsl_rng_seed": 6023615788873153749,
+    "effective_sample_index_rng_seed": 15036839855038426416,
+    "effective_schedule_rng_seed": 9933818062894767841,
     "result_99.00_percentile_latency_ns": 7_000_000,
     "result_max_latency_ns": 9_000_000,
     "result_mean_latency_ns": 3_000_000,
@@ -82,6 +88,11 @@ def test_loadgens_figures_and_its_word() -> None:
         ({}, {}, {"problem": "mlperf_log_detail.txt cannot be read"}, "loadgen-log"),
         ({}, {"edited": ["*.Server.target_latency"]}, {}, "conf-edited"),
         ({"result_99.00_percentile_latency_ns": 15_000_001}, {}, {}, ""),
+        ({"effective_min_duration_ms": 600}, {}, {}, ""),
+        ({"effective_schedule_rng_seed": 1}, {}, {}, ""),
+        ({"effective_target_qps": 201}, {}, {}, ""),
+        ({}, {"listed": True, "model": "echo"}, {}, "benchmark-replaced"),
+        ({}, {"listed": True, "model": "digits", "samples_wanted": 1798}, {}, "samples-few"),
     ],
 )
 def test_what_leaves_no_valid(
@@ -102,6 +113,20 @@ def test_early_stopping_says_how_many_more() -> None:
     gates = {gate["name"]: gate for gate in rules_and_codes(run(keys))[0]["gates"]}
     assert gates["early_stopping"]["needed"] == 359
     assert gates["early_stopping"]["limit"] == N + 359
+
+
+def test_estimates_of_streams() -> None:
+    from distbench.loadgen_verdict import _estimate
+
+    keys = {"early_stopping_latency_ss": 7_910_000}
+    plain = _estimate(keys, "singlestream", 9, "", False)
+    assert plain["latency.p90.early_stopping"]["value"] == 0.00791
+    token = _estimate(keys, "singlestream", 9, "", True)
+    assert token["latency.p90.early_stopping"]["value"] is None
+    assert token["ttft.p90.early_stopping"]["value"] == 0.00791
+    none = _estimate({"early_stopping_latency_ms": 0}, "multistream", 9, "", False)
+    assert none["latency.p99.early_stopping"]["value"] is None
+    assert "LoadGen wrote 0" in none["latency.p99.early_stopping"]["reason"]
 
 
 def test_an_audit_config_beside_the_driver_is_told() -> None:

@@ -93,13 +93,23 @@ def test_a_rate_at_which_loadgen_would_end_too_soon() -> None:
 
 def test_an_expected_latency_at_which_loadgen_would_run_out_of_queries() -> None:
     conf = "*.SingleStream.target_latency = 10"
-    with pytest.raises(UsageError, match=r"give target_latency 0\.5 or less"):
+    with pytest.raises(UsageError, match=r"give target_latency 0\.54 or less"):
         settled(Official("singlestream", user_conf=conf), 1797, 1797, [2000.0, 2000.0])
     # With many in flight in the warm-up, one alone takes longer than the rate tells.
     settled(Official("singlestream", user_conf=conf), 1797, 1797, [800.0], depth=8)
     plan = settled(Official("multistream"), 1797, 1797, [2000.0])
-    assert plan["expected_latency_ns"] == 2_000_000
+    assert plan["expected_latency_ns"] == 2_020_000
     assert plan["capacity"] % 8 == 0 and plan["capacity"] > 600 * 2000
+    # The eight samples of a query are spread, so that on 8 ranks it takes as long as one sample.
+    spread = settled(Official("multistream"), 1797, 1797, [2000.0] * 8)
+    assert spread["expected_latency_ns"] == 270_000
+
+
+@pytest.mark.parametrize(("scenario", "issued"), [("multistream", 1800), ("server", 1797)])
+def test_accuracy_issues_every_sample_and_multistream_whole_queries(
+    scenario: str, issued: int
+) -> None:
+    assert settled(Official(scenario, "accuracy"), 1797, 1797, [900.0])["capacity"] == issued
 
 
 @pytest.mark.parametrize(

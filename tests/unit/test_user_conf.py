@@ -13,13 +13,18 @@ MODELS = ("digits", "tinylm", "resnet50")
 def test_lines_comments_and_the_last_of_equal_names() -> None:
     text = """
     # a comment, and one behind a line
-    *.Server.target_qps = 100   # more
+    *.Server.target_qps = 100
     digits.Server.target_qps = 2e2
-    digits.Server.target_qps = 250
-    #*.Server.target_qps = 7
+    digits.Server.target_qps = 250.5
+    #
+    #nothing
     """
     found = parse_conf(text, MODELS)
-    assert found == {"*.Server.target_qps": 100.0, "digits.Server.target_qps": 250.0}
+    assert found == {"*.Server.target_qps": 100.0, "digits.Server.target_qps": 250.5}
+
+
+def test_an_expected_latency_may_have_a_fraction() -> None:
+    assert parse_conf("*.SingleStream.target_latency = 0.25", MODELS)
 
 
 def test_the_nearest_name_holds() -> None:
@@ -41,6 +46,13 @@ def test_the_nearest_name_holds() -> None:
         ("digit.Server.target_qps = 3", "no benchmark is named 'digit'; did you mean digits"),
         ("Server.target_qps = 3", "is not model.Scenario.key"),
         ("*.Server.target_qps=3", "with blanks around the ="),
+        ("*.Server.target_qps = 3 # more", "nothing behind the number"),
+        ("#a comment of many words", "only after `# `"),
+        ("*.*.min_duration = 600e3", "whole number in plain digits"),
+        ("*.*.min_query_count = 0300", "whole number in plain digits"),
+        ("*.Server.target_latency = 15.5", "whole number in plain digits"),
+        ("*.*.target_latency = 0.5", "whole number in plain digits"),
+        ("*.Server.target_qps = 1_000", "is no number"),
         ("*.Server.target_qps = many", "'many' is no number"),
         ("*.Server.target_qps = nan", "'nan' is no number"),
         ("*.Offline.ttft_latency = 3", "no key 'ttft_latency' of Offline"),
