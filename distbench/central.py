@@ -120,6 +120,11 @@ class Dispatch:
             self.process, address, token = start_driver(stack, here, self._output())
         self.control = self._call(address, token, "control")
         stack.callback(self.control.close)
+        official = self.settings.official
+        if official is not None and official.round is not None:
+            round_ = official.round
+            tell(self.control, {"do": "check", "loadgen": round_.loadgen, "round": round_.name})
+            self._answered("check its LoadGen", CALL_S)
         asked = {"do": "expect", "ranks": self.world.world_size, "payload": self._payload}
         tell(self.control, asked)
         self.clock = self._call(address, token, "clock")

@@ -91,7 +91,12 @@ class Driver:
             DistbenchError: a link ended before that.
         """
         known: dict[str, Callable[[dict[str, Any], list[Any]], Any]]
-        known = {"expect": self._expect, "load": self._load, "window": self._open}
+        known = {
+            "check": self._check,
+            "expect": self._expect,
+            "load": self._load,
+            "window": self._open,
+        }
         known |= {"start": self._start, "fetch": self._fetch}
         while True:
             self._await_word()
@@ -132,6 +137,11 @@ class Driver:
         kind, payload = self.clock.receive()
         if kind == wire.PING:
             pings.answer_ping(self.clock, payload, now_ns)
+
+    def _check(self, asked: dict[str, Any], _arrays: list[Any]) -> Any:
+        """Refuse a round whose LoadGen is not here, before anything else is done."""
+        loadgen.check_installed(asked["loadgen"], EXTRAS[asked["round"]])
+        return {}, []
 
     def _expect(self, asked: dict[str, Any], _arrays: list[Any]) -> Any:
         """Take the clock's link and one link from every leader; then nobody else is let in."""
@@ -182,7 +192,6 @@ class Driver:
         due_ns, order = arrays
         official = asked["before"].get("official")
         if official:
-            loadgen.check_installed(official["loadgen"], EXTRAS[official["round"]])
             due_ns = order = np.zeros(official["capacity"], np.int64)
         parts = asked["folder"]
         if not parts or any(
