@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import importlib
 import os
 import platform
 import select
@@ -39,8 +38,24 @@ from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
 from distbench.mlperf_files import EXTRAS, as_numbers, texts_in, told
 from distbench.rank_files import write_done
 from distbench.samples import SampleLog
-from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, take_link, tell
-from distbench.waiting import measure_spin_ns, quiet, schedstat, set_timer_slack, wait_until
+from distbench.talk import (
+    CALL_S,
+    LOAD_S,
+    address_of,
+    encoder,
+    hear,
+    read_token,
+    take_link,
+    tell,
+)
+from distbench.waiting import (
+    disturbed,
+    measure_spin_ns,
+    quiet,
+    schedstat,
+    set_timer_slack,
+    wait_until,
+)
 from distbench.wire import Link, LinkClosed, Seat
 
 PR_SET_PDEATHSIG = 1
@@ -269,19 +284,15 @@ class Driver:
         # Nothing may be raised into LoadGen, which calls back from C++: a signal ends the process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with quiet():
-            switches, delay_ns = schedstat()
+            first = schedstat()
             after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
             loadgen.run_loadgen(session, official, folder)
             after["ended_ns"] = now_ns()
-            switches_after, delay_after_ns = schedstat()
+            last = schedstat()
             session.leave()
         signal.signal(signal.SIGTERM, _terminated)
         after["raised"] = session.raised
-        after["quiet"] = {
-            "involuntary_switches": switches_after - switches,
-            "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
-            "window_ns": after["ended_ns"] - after["started_ns"],
-        }
+        after["quiet"] = disturbed(first, last, after["ended_ns"], after["started_ns"])
         used = after["used"] = len(session.ids)
         log.count[:used] = 1
         log.scheduled[:used] = log.ready[:used] = log.issued[:used]
@@ -308,21 +319,17 @@ class Driver:
         log.ready[:] = log.scheduled  # a driver is always free: what it is late, it is late itself
         ledger = Ledger(log, len(self.channels), now_ns)
         with quiet():
-            switches, delay_ns = schedstat()
+            first = schedstat()
             after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
             after["halted"] = dispatch_loop(
                 hub, log, window.order, ledger, now_ns, before["turn"], before["backlog"]
             )
             ended = now_ns()
-            switches_after, delay_after_ns = schedstat()
+            last = schedstat()
             hub.end(ledger, after["halted"] or ledger.raised)
         after["ended_ns"] = ended
         after["raised"] = ledger.raised
-        after["quiet"] = {
-            "involuntary_switches": switches_after - switches,
-            "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
-            "window_ns": ended - after["started_ns"],
-        }
+        after["quiet"] = disturbed(first, last, ended, after["started_ns"])
 
     def _fetch(self, _asked: dict[str, Any], _arrays: list[Any]) -> Any:
         """Hand the last window's record to rank 0."""
@@ -337,18 +344,6 @@ class Driver:
             "after": window.after,
             "texts": [[name, len(blob)] for name, blob in texts],
         }, [rows.reshape(-1), *(as_numbers(blob) for _, blob in texts)]
-
-
-def encoder(module: str) -> Callable[[Sequence[int]], Sequence[bytes]]:
-    """Return the function that encodes samples, from an embedded model's module.
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not module.startswith("distbench.models."):
-        raise UsageError(f"{module} is no module of an embedded model's samples")
-    found: Callable[[Sequence[int]], Sequence[bytes]] = importlib.import_module(module).samples
-    return found
 
 
 OPTIONS = (

@@ -5,9 +5,11 @@ JSON and arrays of int64 over a link of ``wire``: nothing is unpickled. Callers 
 
 from __future__ import annotations
 
+import importlib
 import json
 import socket
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +110,15 @@ def address_of(text: str) -> tuple[str, int]:
     if not port.isdecimal() or int(port) > 65535:
         raise UsageError(f"{text!r} has no port: write ADDR:PORT, such as 10.0.0.2:29600")
     return host.strip("[]"), int(port)
+
+
+def encoder(module: str) -> Callable[[Sequence[int]], Sequence[bytes]]:
+    """Return the function that encodes samples, from an embedded model's module.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not module.startswith("distbench.models."):
+        raise UsageError(f"{module} is no module of an embedded model's samples")
+    found: Callable[[Sequence[int]], Sequence[bytes]] = importlib.import_module(module).samples
+    return found

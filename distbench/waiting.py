@@ -93,3 +93,21 @@ def schedstat(proc: Path = Path("/proc")) -> tuple[int, int]:
         return switches, int((proc / "thread-self/schedstat").read_text().split()[1])
     except (OSError, ValueError, IndexError):
         return switches, -1
+
+
+def disturbed(
+    before: tuple[int, int], after: tuple[int, int], ended_ns: int, started_ns: int
+) -> dict[str, int]:
+    """Return how often this thread was sent off its processor in a window, and how long it waited.
+
+    Args:
+        before: from ``schedstat``, at the window's begin.
+        after: likewise, at its end.
+        ended_ns: when that was.
+        started_ns: when it began.
+    """
+    return {
+        "involuntary_switches": after[0] - before[0],
+        "run_delay_ns": after[1] - before[1] if before[1] >= 0 else -1,
+        "window_ns": ended_ns - started_ns,
+    }
