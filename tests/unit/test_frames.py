@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distbench import frames
+
+from distbench.frames import packed, unpacked  # isort: skip
 from distbench.frames import DONE, FRAME, NAMED, PULSE, QUERY, READ_BYTES, Channel, ChannelLost
 
 pytestmark = pytest.mark.timeout(60)
@@ -161,3 +163,16 @@ def test_silence_is_noticed(ends: tuple[Channel, socket.socket]) -> None:
     time.sleep(0.001)  # the clock's step
     assert here.read() == [(PULSE, 0, 0, b"")]
     assert here.heard > now
+
+
+@given(st.lists(st.binary(max_size=9), max_size=20))
+def test_answers_come_out_as_they_went_in(answers: list[bytes]) -> None:
+    data = packed(answers)
+    assert unpacked(len(answers), data) == answers
+    assert data or not any(answers)
+
+
+@pytest.mark.parametrize("data", [b"abc", b"\x05\0\0\0abcd", b"\x01\0\0\0abcd"])
+def test_answers_that_do_not_add_up(data: bytes) -> None:
+    with pytest.raises(ValueError, match="bytes hold"):
+        unpacked(1, data)

@@ -17,13 +17,14 @@ import pytest
 
 from distbench import wire
 from distbench.clock import clock_domain, now_ns
-from distbench.dispatch import COLUMNS
+from distbench.dispatch import COLUMNS, DriverEnded
 from distbench.errors import UsageError
 from distbench.frames import (
     DONE,
     DONES,
     END,
     FAILED_TOKENS,
+    FIRST,
     LEFT,
     LOAD,
     LOADED,
@@ -361,3 +362,84 @@ def test_a_host_without_the_rounds_loadgen() -> None:
     check_installed("5.0.13", "mlperf")
     with pytest.raises(UsageError, match=r"5\.0\.13 is installed.*distbench\[mlperf-v51\]"):
         check_installed("5.1.2", "mlperf-v51")
+
+
+class Told:
+    """LoadGen's functions, which keep what they are told."""
+
+    def __init__(self) -> None:
+        self.firsts: list[int] = []
+        self.done: list[tuple[int, int]] = []
+
+    class QuerySampleResponse:
+        def __init__(self, sample: int, _at: int, size: int, tokens: int = -1) -> None:
+            self.id, self.size, self.tokens = sample, size, tokens
+
+    def FirstTokenComplete(self, responses: Any) -> None:
+        self.firsts += [each.id for each in responses]
+
+    def QuerySamplesComplete(self, responses: Any) -> None:
+        self.done += [(each.id, each.tokens) for each in responses]
+
+
+def in_process(tokens: bool, count: int = 6) -> tuple[Session, Told, list[Exception]]:
+    class Quiet:
+        channels = (type("Link", (), {"name": "rank 0 (jw2)"})(),)
+        data: Mapping[int, bytes] = MappingProxyType({})
+
+        def post(self, *_: Any) -> None:
+            pass
+
+        def flush(self) -> None:
+            pass
+
+        def tell(self, *_: Any) -> None:
+            pass
+
+    failed: list[Exception] = []
+    columns = (*COLUMNS, "tokens", "first_token") if tokens else COLUMNS
+    log = SampleLog.in_memory(count, columns)
+    session = Session(Quiet(), log, 0, now_ns, failed.append, tokens)  # type: ignore[arg-type]
+    session.lg = told = Told()
+    session._pool = [told.QuerySampleResponse(0, 0, 0) for _ in range(2)]
+    samples = [type("Sample", (), {"id": 100 + k, "index": k})() for k in range(count)]
+    session.issue(samples)
+    return session, told, failed
+
+
+def test_first_tokens_and_numbers_of_tokens_are_told() -> None:
+    session, told, failed = in_process(tokens=True)
+    session.take(0, [(FIRST, 2, 5, b""), (DONE, 2, 7, b"text"), (DONE, 3, FAILED_TOKENS, b"")])
+    assert told.firsts == [102] and told.done == [(102, 7), (103, 0)] and not failed
+    assert session.log.tokens[2] == 7 and session.log.first_token[2] > 0
+    assert session.log.completed[3] == FAILED
+    with pytest.raises(DriverEnded, match="answered sample 2, answered a second time"):
+        session.take(0, [(FIRST, 2, 5, b"")])
+
+
+def test_neighbours_that_ended_together() -> None:
+    session, told, _ = in_process(tokens=False)
+    session.take(0, [(DONES, 0, 3, b"")])
+    session.take(0, [(DONES, 3, 2, packed([b"a", b""]))])
+    assert [each for each, _ in told.done] == [100, 101, 102, 103, 104]
+    assert session.ended == [5]
+    for first, count, said in ((4, 1, "a second time"), (5, 2, "not given"), (-1, 2, "not given")):
+        with pytest.raises(DriverEnded, match=said):
+            session.take(0, [(DONES, first, count, b"")])
+    with pytest.raises(DriverEnded, match="bytes hold no 1 answers"):
+        session.take(0, [(DONES, 5, 1, b"xy")])
+    session.log.served_by[5] = 1
+    with pytest.raises(DriverEnded, match="not given"):
+        session.take(0, [(DONES, 5, 1, b"")])
+
+
+def test_more_samples_than_planned_and_a_rank_that_leaves() -> None:
+    session, _, failed = in_process(tokens=False)
+    session.issue([])
+    session.guarded(session.issue)([type("Sample", (), {"id": 9, "index": 0})()])
+    assert "more than the 6 samples" in str(failed[0])
+    with pytest.raises(DriverEnded, match="heard nothing for a while"):
+        session.take(0, [(LEFT, 0, WHOLE, b"")])
+    session.over = True
+    session.take(0, [(LEFT, 0, RAISED, b"")])
+    assert session.raised and session.left == {0}

@@ -180,3 +180,71 @@ def test_a_driver_that_ended_early_gives_no_figure_of_loadgens(tmp_path: Path) -
     assert found["verdict"]["status"] == "INCOMPLETE"
     assert found["verdict"]["rules"]["result"] == "INVALID"
     assert found["metrics"]["latency.p99"]["value"] is None
+
+
+@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize("mode", ["performance", "accuracy"])
+def test_the_report_says_who_drove(mode: str, network: bool) -> None:
+    from distbench.report.text import to_text
+
+    text = to_text(result(run({}, {"mode": mode, "network": network}, right=360.0, of=360.0)))
+    assert f"LoadGen 5.0.13 in {mode} mode, target_qps 200" in text
+    assert ("Network SUT" in text) == network
+    assert ("LoadGen" in text and "as LoadGen says: passed" in text) or mode == "accuracy"
+    if mode == "performance":
+        assert "dispatch is from when it handed the sample over" in " ".join(text.split())
+        assert "gate             LoadGen's own word, VALID: passed" in text
+
+
+@pytest.mark.parametrize(
+    ("scenario", "tokens", "keys", "names"),
+    [
+        ("offline", True, {"result_tokens_per_second": 9.0}, ["throughput.tokens"]),
+        ("offline", False, {"result_99.00_percentile_latency_ns": 5}, ["latency.p99"]),
+        (
+            "singlestream",
+            True,
+            {"result_first_token_50.00_percentile_latency_ns": 7},
+            ["ttft.p50", "ttft.p90.early_stopping"],
+        ),
+        (
+            "multistream",
+            False,
+            {"result_99.00_percentile_per_query_latency_ns": 5},
+            ["latency.p99", "latency.p99.early_stopping"],
+        ),
+        ("server", True, {"result_first_token_99.00_percentile_latency_ns": 5}, ["ttft.p99"]),
+    ],
+)
+def test_the_keys_of_every_scenario(
+    scenario: str, tokens: bool, keys: dict[str, Any], names: list[str]
+) -> None:
+    from distbench.loadgen_verdict import figures_of, gates_of
+    from distbench.metrics import metric
+
+    more = {"early_stopping_latency_ss": 5, "early_stopping_latency_ms": 5, "result_query_count": 3}
+    more |= {"requested_use_token_latencies": tokens, "requested_server_ttft_latency": 100}
+    made = run(keys | more, {"scenario": scenario, "tokens": tokens})
+    for record in made.present:
+        record.before["scenario"] = scenario
+    ours = {name: metric(1.0, "s", 8, "") for name in ("throughput", "latency.p99", "ttft.p99")}
+    found = figures_of(made, ours)
+    assert all(found[name]["value"] is not None for name in names), found
+    assert {"dispatch.throughput", "dispatch.latency.p99", "dispatch.ttft.p99"} <= found.keys()
+    gates = [gate.name for gate in gates_of(made, found)]
+    assert ("ttft.p99" in gates) == (scenario == "server" and tokens)
+    assert "latency.p99" not in gates
+    assert "loadgen-valid" in gates and "errors" in gates
+
+
+def test_offlines_duration_is_its_longest_latency() -> None:
+    from distbench.loadgen_verdict import figures_of, gates_of
+    from distbench.metrics import metric
+
+    made = run({"result_max_latency_ns": 601 * 10**9}, {"scenario": "offline"})
+    for record in made.present:
+        record.before["scenario"] = "offline"
+    found = figures_of(made, {"throughput": metric(1.0, "s", 8, "")})
+    gate = next(g for g in gates_of(made, found) if g.name == "min_duration")
+    assert (gate.value, gate.limit, gate.passed) == (601.0, 600.0, True)
+    assert "early_stopping" not in [g.name for g in gates_of(made, found)]
