@@ -38,6 +38,7 @@ from distbench.frames import (
     LEFT,
     LOADED,
     PULSE,
+    QUERIES,
     QUERY,
     RAISED,
     WHOLE,
@@ -388,3 +389,41 @@ def test_settling_waits_for_all_and_names_who_is_silent(stack: ExitStack) -> Non
     settle([one], LOADED, 5)
     with pytest.raises(DriverEnded, match="the worker did not answer within 0 s"):
         settle([two], LOADED, 0.05)
+
+
+def test_queries_in_one_piece_or_each_with_its_sample() -> None:
+    with ExitStack() as stack:
+        pair = [stack.enter_context(each) for each in socket.socketpair()]
+        here, there = (Channel(each, "replica") for each in pair)
+        hub = Hub([here], [], now_ns, 0)
+        hub.post_many(0, 5, np.array([7, 8, 9]))
+        hub.flush()
+        ((kind, seq, count, data),) = there.read()
+        assert (kind, seq, count) == (QUERIES, 5, 3)
+        assert np.frombuffer(data, "<i8").tolist() == [7, 8, 9]
+        hub.data = {7: b"seven"}
+        hub.post_many(0, 8, np.array([7, 1]))
+        hub.flush()
+        assert there.read() == [(QUERY, 8, 7, b"seven"), (QUERY, 9, 1, b"")]
+
+
+def test_what_an_end_does_not_take_at_once_goes_when_it_reads() -> None:
+    """Another thread's wait is woken, and sends the rest."""
+    with ExitStack() as stack:
+        pair = [stack.enter_context(each) for each in socket.socketpair()]
+        here, there = (Channel(each, "replica") for each in pair)
+        hub = Hub([here], [], now_ns, 0)
+        big = bytes(4 << 20)
+        hub.tell(LOADED, 3, big)
+        assert hub.wait(now_ns() + 5_000_000_000) == []  # the bell
+        got: list[Any] = []
+        until = now_ns() + 20_000_000_000
+        while not any(frame[0] == LOADED for frame in got):
+            assert now_ns() < until
+            hub.wait(now_ns() + 1_000_000)
+            got += there.read()
+        (told,) = [frame for frame in got if frame[0] == LOADED]
+        assert told == (LOADED, 3, 0, big)
+        hub.post_many(0, 0, np.zeros(1 << 20, np.int64))
+        hub.flush()
+        assert hub.wait(now_ns() + 5_000_000_000) == []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from distbench import mlperf_files
 from distbench.errors import UsageError
 from distbench.mllog import parse_detail, read_answers, read_detail
 from distbench.mlperf_files import as_numbers, told, write_texts
@@ -70,3 +71,21 @@ def test_logs_cross_a_link_as_numbers(tmp_path: Path) -> None:
     write_texts(tmp_path / "loadgen", [("log1", 3), ("../out", 1)], [as_numbers(b"new")] * 2)
     assert (tmp_path / "loadgen" / "log1").read_bytes() == b"a"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_files_that_a_driver_sends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b.txt").write_bytes(b"b")
+    (tmp_path / "a.txt").write_bytes(b"long")
+    (tmp_path / "folder").mkdir()
+    assert mlperf_files.texts_in(tmp_path) == [("a.txt", b"long"), ("b.txt", b"b")]
+    monkeypatch.setattr(mlperf_files, "SENT_LIMIT_BYTES", 3)
+    assert mlperf_files.texts_in(tmp_path) == [("b.txt", b"b")]
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / "b.txt").symlink_to(tmp_path / "folder")
+    assert mlperf_files.texts_in(tmp_path) == []
+
+
+def test_a_torn_log_is_a_problem(tmp_path: Path) -> None:
+    (tmp_path / "mlperf_log_detail.txt").write_text(entry("a", 1) + entry("b", 2)[:20])
+    found = told(tmp_path, {"mode": "performance"})
+    assert found["keys"] == {"a": 1} and "cannot be read" in found["problem"]
