@@ -15,7 +15,7 @@ from typing import Any
 
 from distbench.arrivals import offline_samples, poisson_ns
 from distbench.errors import UsageError
-from distbench.rounds import MS, SAMPLES_PER_QUERY, Model, Round, Tokens
+from distbench.rounds import MS, OFFLINE_LIMIT, SAMPLES_PER_QUERY, Model, Round, Tokens
 from distbench.rules import Limits, Rules, limits, parse_rules
 from distbench.suite import BENCHMARKS, Benchmark, benchmark
 from distbench.user_conf import SCENARIOS, Conf, look_up, parse_conf
@@ -86,7 +86,7 @@ class Official:
             )
         if self.mode == "accuracy" and bench.target is None:
             raise UsageError(f"{bench.name} has no accuracy mode: {bench.why_unscored}")
-        self._limits(self._total_unknown)
+        self._limits(OFFLINE_LIMIT)  # of a model whose size is not known yet
         if self.target_qps is None:
             return
         if self.scenario in STREAM_LATENCY_NS:
@@ -99,8 +99,6 @@ class Official:
                 f"--target-qps {self.target_qps:g} and {self.conf_path} both give a rate: leave "
                 "one out"
             )
-
-    _total_unknown = 2**31
 
     @property
     def benchmark(self) -> Benchmark:

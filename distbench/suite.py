@@ -121,18 +121,3 @@ def encoder(bench: Benchmark) -> Callable[[Sequence[Any]], list[bytes]]:
     made: Callable[[Sequence[Any]], list[bytes]]
     made = codec(bench).encoded if bench.codec else (lambda outputs: [b""] * len(outputs))
     return made
-
-
-def sampled(bench: Benchmark, indices: Sequence[int]) -> list[bytes]:
-    """Return samples as bytes.
-
-    Raises:
-        UsageError: this benchmark has no such form of its samples.
-    """
-    made = getattr(codec(bench), "samples", None) if bench.codec else None
-    if made is None:
-        raise UsageError(
-            f"--payload data needs samples that can be encoded as bytes, and {bench.name} has no "
-            "such function: use --payload index"
-        )
-    return list(made(indices))

@@ -31,6 +31,7 @@ from distbench.scenarios import scenario
 from distbench.settings import Settings
 from distbench.steady import UNTIL_LEAST
 from distbench.sut import SystemUnderTest, collector
+from distbench.waiting import disturbed
 from distbench.windows import Windows, until
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def window(
         cue = Cue(world.now, begin, wait, halt, plan.local_ns)
         collect = collector(log, kept, errors, world.now, wanted)
         recorder.flying = True
-        switches, delay_ns = schedstat()
+        first = schedstat()
         try:
             if part.active is None or world.rank in part.active:
                 course.drive(sut, log, part, collect, cue)
@@ -253,7 +254,7 @@ def window(
             fail_rest(log)
             recorder.after["raised"] = True
         ended = world.now()
-        switches_after, delay_after_ns = schedstat()
+        last = schedstat()
         recorder.flying = False
         # In quiet still: a rank that follows has no loop, and works until its leader ends.
         world.side.meet("window:end")
@@ -264,11 +265,7 @@ def window(
         "ended_ns": ended,
         "errors": errors,
         "halted": halt[0],
-        "quiet": {
-            "involuntary_switches": switches_after - switches,
-            "run_delay_ns": delay_after_ns - delay_ns if delay_ns >= 0 else -1,
-            "window_ns": ended - (recorder.after["started_ns"] or ended),
-        },
+        "quiet": disturbed(first, last, ended, recorder.after["started_ns"] or ended),
     }
     _close_stage(watch, recorder)
     start.synchronize(world, "after")

@@ -8,7 +8,7 @@ import pytest
 from distbench.errors import UsageError
 from distbench.models import digits_data, tinylm_data
 from distbench.rounds import ROUNDS
-from distbench.suite import BENCHMARKS, benchmark, codec, encoder, sampled, scored
+from distbench.suite import BENCHMARKS, benchmark, codec, encoder, scored
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -64,7 +64,5 @@ def test_texts_are_scored_token_by_token() -> None:
 
 def test_samples_as_bytes() -> None:
     images = digits_data.read_data().images
-    assert sampled(benchmark("digits"), [5, 0]) == [images[5].tobytes(), images[0].tobytes()]
-    with pytest.raises(UsageError, match="echo has no such function: use --payload index"):
-        sampled(benchmark("echo"), [1])
+    assert digits_data.samples([5, 0]) == [images[5].tobytes(), images[0].tobytes()]
     assert encoder(benchmark("echo"))([1, 2]) == [b"", b""]
