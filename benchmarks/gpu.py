@@ -4,7 +4,8 @@
     python benchmarks/gpu.py --seconds 20 --json a30.json
 
 1. The commands under torchrun, one rank, and ``verify`` on what each wrote: Offline over NCCL, with
-   resnet50 in every dtype, Server with digits, resnet50 and tinylm, SingleStream.
+   resnet50 in every dtype, Server with digits, resnet50 and tinylm, SingleStream; and some of them
+   driven by LoadGen, where it is installed.
 2. The tests in tests/gpu.
 3. Time per batch on the host and on the device, for several widths and batch sizes of the digits
    network, in distbench's loop. Device time is that between two events around the computation, so
@@ -29,6 +30,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -108,7 +110,35 @@ def commands(seconds: float) -> list[tuple[str, str, list[str]]]:
         ("Server, tinylm, 10 queries/s", "server", ["--target-qps", "10", *tiny]),
         ("SingleStream, digits", "singlestream", []),
     ]
-    return [(name, scenario, [*lasting, *flags]) for name, scenario, flags in made]
+    runs = [(name, scenario, [*lasting, *flags]) for name, scenario, flags in made]
+    return [*runs, *driven(seconds)]
+
+
+def driven(seconds: float) -> list[tuple[str, str, list[str]]]:
+    """Return the runs that LoadGen drives; none where it is not installed."""
+    if not find_spec("mlperf_loadgen"):
+        return []
+    rules = ["--rules", f"mlperf-v5.0,shortened={seconds:g}s", "--device", "cuda", "--quiet"]
+    resnet = ["--benchmark", "resnet50", "--dtype", "fp16", "--max-batch"]
+    tiny = ["--benchmark", "tinylm", "--target-qps", "10"]
+    made = [
+        ("Offline, digits", "offline", []),
+        ("Offline, resnet50 fp16, batch size 64", "offline", [*resnet, "64"]),
+        ("Server, digits, 500 queries/s", "server", ["--target-qps", "500"]),
+        (
+            "Server, resnet50 fp16, 500 queries/s",
+            "server",
+            [*resnet, "8", "--max-wait", "2ms", "--target-qps", "500"],
+        ),
+        ("Server, tinylm, 10 queries/s", "server", tiny),
+        ("SingleStream, resnet50 fp16", "singlestream", [*resnet, "1"]),
+        ("MultiStream, resnet50 fp16", "multistream", [*resnet, "8"]),
+        ("accuracy, digits", "offline", ["--mode", "accuracy"]),
+    ]
+    return [
+        (f"LoadGen: {name}", "mlperf", [*rules, "--scenario", scenario, *flags])
+        for name, scenario, flags in made
+    ]
 
 
 def command(report: Report, name: str, scenario: str, flags: list[str]) -> bool:
