@@ -15,6 +15,7 @@ COMMANDS = {
     "mlperf": "MLCommons' LoadGen drives every rank: Offline, Server and the streams",
     "driver": "the process that issues queries under central dispatch, on a host of its own",
     "plan": "before a run: how many queries, how long, what could not be VALID",
+    "audit": "MLCommons' compliance tests, judged from the runs that LoadGen drove",
     "verify": "recompute every figure of a result directory and check every hash",
     "salvage": "make a report from whatever rank folders are left",
     "compare": "launches of one thing against launches of another: faster, slower, undecided",

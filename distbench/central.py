@@ -7,7 +7,6 @@ measured as a rank's is: before, during and after each window.
 
 from __future__ import annotations
 
-import select
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -22,9 +21,10 @@ from distbench import pings, wire
 from distbench.clock import ClockModel, Exchange, clock_domain, measure_exchange
 from distbench.dispatch import COLUMNS, TOKEN_COLUMNS, WORD
 from distbench.errors import DRIVER, ClockError, DistbenchError, UsageError
-from distbench.frames import LOAD, LOADED, UNLOAD, Channel, ChannelLost
+from distbench.frames import LOADED, Channel
 from distbench.liveness import EXCHANGE_TRIPS, WINDOW_TRIPS
 from distbench.mlperf_files import write_texts
+from distbench.null_replica import serve_nothing
 from distbench.prepare import Cue, Part
 from distbench.run import SCHEMA_VERSION, RankRecord, read_record
 from distbench.samples import SampleLog
@@ -33,7 +33,7 @@ from distbench.suite import benchmark, encoder
 from distbench.sut import Collect, Indices, SystemUnderTest
 from distbench.talk import CALL_S, LOAD_S, address_of, hear, read_token, tell
 from distbench.wire import Link, LinkClosed, Seat
-from distbench.worker import serve
+from distbench.worker import await_word, serve
 
 if TYPE_CHECKING:
     from distbench.record import Folder
@@ -155,7 +155,7 @@ class Dispatch:
             tell(self.control, {"do": "load", "load": load}, order)
         channel = self.channel
         assert channel is not None
-        indices = np.frombuffer(_await(channel, LOAD_S), "<i8").astype(np.int64)
+        indices = np.frombuffer(await_word(channel, LOAD_S), "<i8").astype(np.int64)
         try:
             (sut.load if load else sut.unload)(indices)
         finally:  # a model that raises is told of by its rank; the driver need not wait for it
@@ -311,9 +311,31 @@ class Dispatch:
         told = [found.before, found.after, found.problem, found.rows is not None]
         before, ended, problem, here = world.gather_json(told)[0]
         self.lost = bool((ended or {}).get("end"))
+        if "official" in before and before["official"]["mode"] != "accuracy" and not self.lost:
+            after["floor"] = self._floor(before["official"])
         rows = np.zeros((0, len(before["columns"])), np.int64) if found.rows is None else found.rows
         rows = world.gather_rows(np.ascontiguousarray(rows))[0]
         return RankRecord(DRIVER, before, ended, rows if here else None, problem)
+
+    def _floor(self, official: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Serve a model that does nothing; returns what LoadGen logged of it, on rank 0.
+
+        The official run is at its end and fetched: whatever breaks here leaves it as it is.
+        """
+        assert self.channel is not None and self.part is not None
+        if self.control is not None:
+            with suppress(LinkClosed):
+                tell(self.control, {"do": "floor", "official": official})
+        problem = serve_nothing(self.channel, official, self.part.group, self.world.now)
+        told = None
+        if self.control is not None:
+            try:
+                told, _ = self._answered("measure its floor", LOAD_S)
+            except DistbenchError as error:
+                told = {"problem": str(error)}
+        problems = self.world.gather_json(problem or (told or {}).get("problem", ""))
+        self.lost = any(problems)
+        return told
 
     def _fetched(self, control: Link) -> RankRecord:
         """On rank 0: ask the driver for its record; of one that died, read what it left here."""
@@ -353,19 +375,6 @@ class Dispatch:
         if self.control is not None:
             with suppress(LinkClosed):
                 tell(self.control, {"do": "bye"})
-
-
-def _await(channel: Channel, within_s: float) -> bytes:
-    """Wait for the driver's word to load or unload samples; returns their indices as bytes.
-
-    Raises:
-        ChannelLost: none came in time, or the driver is gone.
-    """
-    while select.select([channel], [], [], within_s)[0]:
-        for kind, _, _, data in channel.read():
-            if kind in (LOAD, UNLOAD):
-                return data  # a pulse may come before it
-    raise ChannelLost(f"nothing came from the driver within {within_s:.0f} s")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from distbench.dispatch import COLUMNS, TOKEN_COLUMNS
-from distbench.errors import UsageError
+from distbench.errors import agreed
 from distbench.official import settled
 from distbench.offline import offline_loop
 from distbench.prepare import Course, Part
@@ -35,12 +35,12 @@ def central_course(dispatch: Dispatch) -> Course:
         drawn, replicas = draw(sut, settings, len(rates)), len(rates)
         queries = len(drawn.due_ns)
         if settings.samples == "shard":
-            raise _agreed(
+            raise agreed(
                 "central dispatch brings all samples to rank 0, and --samples shard leaves them on "
                 "their ranks: leave it out, or use --dispatch static"
             )
         if queries > SAMPLE_LIMIT:
-            raise _agreed(
+            raise agreed(
                 f"central dispatch brings all samples to rank 0, {SAMPLE_LIMIT:,} at most, and "
                 f"{queries:,} are asked for: shorten the window, or use --dispatch static"
             )
@@ -54,12 +54,6 @@ def central_course(dispatch: Dispatch) -> Course:
         SERVER, harness=loaded, drive=dispatch.drive, part=part, columns=COURSE_COLUMNS,
         central=dispatch,
     )  # fmt: skip
-
-
-def _agreed(sentence: str) -> UsageError:
-    error = UsageError(sentence)
-    error.agreed = True
-    return error
 
 
 OFFICIAL_LIMIT = LIMIT_BYTES // (8 * len((*COLUMNS, *TOKEN_COLUMNS)))
@@ -76,7 +70,7 @@ def loadgen_course(dispatch: Dispatch, scenario: str) -> Course:
         official = settled(settings.official, sut.total, sut.resident, rates, sut.depth)
         official |= {"network": dispatch.apart, "model": settings.model_name}
         if dispatch.apart and settings.load.payload == "index":
-            raise _agreed(
+            raise agreed(
                 "LoadGen's host has no rank, which is MLPerf's Network division, and there the "
                 "samples themselves cross the wire: give --payload data"
             )
@@ -84,7 +78,7 @@ def loadgen_course(dispatch: Dispatch, scenario: str) -> Course:
         stream = scenario.endswith("stream")
         limit = STREAM_LIMIT if stream else OFFICIAL_LIMIT
         if capacity > limit:
-            raise _agreed(
+            raise agreed(
                 f"LoadGen may issue {capacity:,} samples in this run, and {limit:,} is "
                 "the limit: lower the target_qps, or raise the expected latency"
             )

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 import distbench
-from distbench import files, loadgen, pings, wire
+from distbench import files, floor, loadgen, pings, wire
 from distbench.cli import Option, parse, run_command, whole
 from distbench.clock import clock_domain, now_ns
 from distbench.dispatch import COLUMNS, DriverEnded, Hub, Ledger, dispatch_loop, settle
@@ -59,6 +59,8 @@ from distbench.waiting import (
 from distbench.wire import Link, LinkClosed, Seat
 
 PR_SET_PDEATHSIG = 1
+WORDS = ("check", "expect", "load", "window", "start", "fetch", "floor")
+"""What rank 0 may say, beside "bye"; each is a method."""
 SPIN_NS = 50_000
 """A driver that spun for as long as a rank does would take a processor from a worker."""
 
@@ -105,14 +107,7 @@ class Driver:
         Raises:
             DistbenchError: a link ended before that.
         """
-        known: dict[str, Callable[[dict[str, Any], list[Any]], Any]]
-        known = {
-            "check": self._check,
-            "expect": self._expect,
-            "load": self._load,
-            "window": self._open,
-        }
-        known |= {"start": self._start, "fetch": self._fetch}
+        words = {name: getattr(self, f"_{name}") for name in WORDS}
         while True:
             self._await_word()
             self.control.connection.settimeout(CALL_S)
@@ -120,7 +115,7 @@ class Driver:
             if asked["do"] == "bye":
                 return
             try:
-                told, back = known[asked["do"]](asked, arrays)
+                told, back = words[asked["do"]](asked, arrays)
             except UsageError as error:  # such as a disk without room: rank 0 tells its ranks
                 told, back = {"error": str(error)}, []
             tell(self.control, told, *back)
@@ -202,7 +197,7 @@ class Driver:
             self.hub.data = dict(zip(listed, self.encode(listed), strict=True))
         return {}, []
 
-    def _open(self, asked: dict[str, Any], arrays: list[Any]) -> Any:
+    def _window(self, asked: dict[str, Any], arrays: list[Any]) -> Any:
         """Make a window's folder and log, with the schedule that rank 0 drew."""
         due_ns, order = arrays
         official = asked["before"].get("official")
@@ -281,8 +276,6 @@ class Driver:
         session = loadgen.Session(
             hub, log, window.before["turn"], now_ns, self._give_up, official["tokens"]
         )
-        # Nothing may be raised into LoadGen, which calls back from C++: a signal ends the process.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         with quiet():
             first = schedstat()
             after["started_ns"] = wait_until(begin_ns, now_ns, self.start_spin_ns)
@@ -290,7 +283,6 @@ class Driver:
             after["ended_ns"] = now_ns()
             last = schedstat()
             session.leave()
-        signal.signal(signal.SIGTERM, _terminated)
         after["raised"] = session.raised
         after["quiet"] = disturbed(first, last, after["ended_ns"], after["started_ns"])
         used = after["used"] = len(session.ids)
@@ -300,17 +292,23 @@ class Driver:
         here = Path.cwd()
         after["audit_config"] = str(here) if (here / "audit.config").exists() else ""
 
+    def _floor(self, asked: dict[str, Any], _arrays: list[Any]) -> Any:
+        """Measure what LoadGen and dispatch cost while the replicas do nothing."""
+        assert self.hub is not None
+        with quiet():
+            return floor.run_floor(self.hub, asked["official"], now_ns, self._give_up), []
+
     def _give_up(self, error: Exception) -> NoReturn:
         """End the process: LoadGen waits for what is outstanding, and nothing can stop it.
 
         Its logs stay as far as it has written them.
         """
-        assert self.window is not None
         self._ending.acquire()  # LoadGen's thread and the reading one may both come here: for good
-        self._note_end(self.window, error)
-        self._save(self.window)
+        if self.window is not None:
+            self._note_end(self.window, error)
+            self._save(self.window)
         with contextlib.suppress(Exception):
-            tell(self.control, {"error": self.window.after["end"]["sentence"]})
+            tell(self.control, {"error": f"{self.own} ended early: {error}"})
         os._exit(EXIT_INCOMPLETE)
 
     def _run(self, window: Window, hub: Hub, begin_ns: int) -> None:

@@ -44,6 +44,13 @@ class UsageError(DistbenchError):
     exit_code = EXIT_USAGE
 
 
+def agreed(sentence: str) -> UsageError:
+    """Return the error of something that every rank finds by itself, alike."""
+    error = UsageError(sentence)
+    error.agreed = True
+    return error
+
+
 class ModelError(UsageError):
     """The user's model, or what builds it, raised; ``__cause__`` is what."""
 

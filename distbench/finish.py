@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distbench.compliance import answer_hash
 from distbench.errors import IncompleteError, where
 from distbench.pool import Pool, series
 from distbench.quantiles import select
@@ -113,6 +114,20 @@ def check_outputs(
                 counts["compared"] += 1
                 counts["different"] += not alike(output, accurate[index], within)
     return counts
+
+
+def hash_answers(
+    kept: dict[int, Any],
+    indices_of: dict[int, Sequence[int]],
+    encode: Callable[[Sequence[Any]], list[bytes]],
+) -> list[tuple[int, str]]:
+    """Return sample index and hash of each output that was kept from a window of LoadGen's."""
+    return [
+        (index, answer_hash(answer))
+        for row, outputs in kept.items()
+        if outputs is not None
+        for index, answer in zip(indices_of[row], encode(outputs), strict=True)
+    ]
 
 
 def all_finite(outputs: Any) -> bool:

@@ -4,7 +4,8 @@ A frame is a kind, how many bytes of data follow it, and two integers:
 
     QUERY  seq, index     to a worker: serve this query; with ``--payload data`` its sample follows
     DONE   seq, tokens    from a worker: it has ended, with so many tokens; -1: it failed
-    FIRST  seq, stamp     from a worker: its first token is out, when on the worker's clock
+    FIRST  seq, stamp     from a worker: its first token is out, when on the worker's clock; under
+                          LoadGen the token itself follows
     PULSE  0, 0           the other end lives; sent each second
     END    code, 0        to a worker: no more queries come; HALTED: drop those not issued
     LEFT   queries, code  from a worker: its loop is over; RAISED: its system under test raised

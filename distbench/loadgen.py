@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import signal
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 
 from distbench import files
 from distbench.clock import Now
+from distbench.compliance import audit_conf
 from distbench.dispatch import DriverEnded, Hub, choose
 from distbench.errors import UsageError
 from distbench.frames import (
@@ -235,7 +237,7 @@ class Session:
             elif kind == DONES:
                 self._many(place, seq, other, data, stamp)
             elif kind == FIRST:
-                self._first(seq, stamp)
+                self._first(seq, stamp, data)
             elif kind in (LOADED, NAMED):
                 self._names[place] = data.decode(errors="replace")
                 self._answers -= 1
@@ -296,10 +298,13 @@ class Session:
                 response.id = each
             complete(pool if len(piece) == len(pool) else pool[: len(piece)])
 
-    def _first(self, seq: int, stamp: int) -> None:
+    def _first(self, seq: int, stamp: int, token: bytes) -> None:
         if self.tokens:
             self._cells["first_token"][seq] = stamp
-            self.lg.FirstTokenComplete([self.lg.QuerySampleResponse(self.ids[seq], 0, 0)])
+            blob = array("B", token)
+            where = blob.buffer_info()[0] if token else 0
+            response = self.lg.QuerySampleResponse(self.ids[seq], where, len(token))
+            self.lg.FirstTokenComplete([response])
 
     def _complete(self, done: Sequence[tuple[int, int, bytes]]) -> None:
         """Tell LoadGen; it has copied the answers when the call returns."""
@@ -341,13 +346,25 @@ def run_loadgen(session: Session, official: dict[str, Any], folder: Path) -> Non
     Args:
         session: its other end.
         official: from ``official.settled``.
-        folder: exists; gets user.conf and LoadGen's logs.
+        folder: exists; gets user.conf, the audit's audit.config, and LoadGen's logs.
     """
-    lg = session.lg
     conf = folder / "user.conf"
     files.write_bytes(conf, official["conf"].encode())
-    settings = settings_of(lg, official, conf)
-    log = lg.LogSettings()
+    if official["audit"]:
+        files.write_bytes(folder / "audit.config", audit_conf(official["audit"]).encode())
+    start_test(session, settings_of(session.lg, official, conf), official, folder)
+
+
+def start_test(session: Session, settings: Any, official: Mapping[str, Any], folder: Path) -> None:
+    """Start LoadGen on this thread, the main one, and wait for its end.
+
+    Args:
+        session: its other end.
+        settings: LoadGen's TestSettings.
+        official: from ``official.settled``.
+        folder: exists; gets LoadGen's logs, and may have an audit.config.
+    """
+    lg, log = session.lg, session.lg.LogSettings()
     log.enable_trace = False
     log.log_output.outdir = str(folder)
     log.log_output.copy_summary_to_stdout = False
@@ -361,10 +378,13 @@ def run_loadgen(session: Session, official: dict[str, Any], folder: Path) -> Non
         sut = lg.ConstructSUT(issue, session.flush)
     reading = threading.Thread(target=session.read, name="answers", daemon=True)
     reading.start()
+    # Nothing may be raised into LoadGen, which calls back from C++: a signal ends the process.
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        # A path that is not there: an audit.config in the working directory overrides settings.
-        lg.StartTestWithLogSettings(sut, library, settings, log, str(folder / "no-audit.config"))
+        # Of no audit a path that is not there: LoadGen looks in the working directory for one.
+        lg.StartTestWithLogSettings(sut, library, settings, log, str(folder / "audit.config"))
     finally:
+        signal.signal(signal.SIGTERM, before)
         session.over = True
         session.hub.wake()
         reading.join()

@@ -76,22 +76,56 @@ def read_detail(folder: Path) -> Detail:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One logged answer.
+
+    Attributes:
+        index: of the sample.
+        data: the answer.
+        first: the first token, as it was told when it came; b"" where none was.
+        tokens: how many tokens the answer was said to have; None where it was not said.
+    """
+
+    index: int
+    data: bytes
+    first: bytes = b""
+    tokens: int | None = None
+
+
 def read_answers(folder: Path) -> dict[int, bytes]:
     """Read what LoadGen logged of the answers, by sample index.
 
     Raises:
         UsageError: the log cannot be read, is damaged, or has two answers to one sample.
     """
-    path = folder / ACCURACY
     found: dict[int, bytes] = {}
+    for each in read_entries(folder):
+        if found.setdefault(each.index, each.data) != each.data:
+            raise UsageError(
+                f"{folder / ACCURACY} has two different answers to sample {each.index}"
+            )
+    return found
+
+
+def read_entries(folder: Path) -> list[Entry]:
+    """Read what LoadGen logged of the answers, in its order.
+
+    Raises:
+        UsageError: the log cannot be read, or is damaged.
+    """
+    path = folder / ACCURACY
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        for each in entries:
-            index, data = int(each["qsl_idx"]), bytes.fromhex(each["data"])
-            if found.setdefault(index, data) != data:
-                raise UsageError(f"{path} has two different answers to sample {index}")
+        return [
+            Entry(
+                int(each["qsl_idx"]),
+                bytes.fromhex(each["data"]),
+                bytes.fromhex(each.get("token_data", "")),
+                int(each["token_count"]) if "token_count" in each else None,
+            )
+            for each in json.loads(path.read_text(encoding="utf-8"))
+        ]
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
-    return found

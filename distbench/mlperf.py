@@ -3,6 +3,7 @@
     python -m distbench.mlperf --scenario offline --rules mlperf-v5.0,shortened=5s
     torchrun --standalone --nproc-per-node 2 -m distbench.mlperf --scenario server --target-qps 100
     torchrun --standalone --nproc-per-node 2 -m distbench.mlperf --mode accuracy
+    torchrun --standalone --nproc-per-node 2 -m distbench.mlperf --mode compliance --audit TEST01
 
 LoadGen runs in the driver process and its own logs are the official word; every latency under it is
 from there. A sample goes to the replica with the least outstanding; Offline's are dealt out in
@@ -20,6 +21,7 @@ import numpy as np
 from distbench import suite
 from distbench.cli import Option, Values, duration_ns, one_of, positive, positive_number
 from distbench.command import measure_joined, options_but, run_scenario, start_command
+from distbench.compliance import AUDITS
 from distbench.errors import UsageError
 from distbench.load import PAYLOADS, Load
 from distbench.models import check_model
@@ -75,6 +77,7 @@ def run_mlperf(
     rules: str = "mlperf-v5.0",
     target_qps: float | None = None,
     user_conf: str = "",
+    audit: str = "",
     max_batch: int | None = None,
     max_wait_s: float = 0.0,
     warmup_s: float = 1.0,
@@ -89,11 +92,12 @@ def run_mlperf(
         sut: as of ``run_offline``; its outputs must be those that the benchmark's codec reads.
         world: from ``distbench.join``; without it this process joins on its own.
         scenario: "offline", "server", "singlestream" or "multistream".
-        mode: "performance" or "accuracy".
+        mode: "performance", "accuracy", or "compliance" with an audit.
         benchmark: of ``suite.BENCHMARKS``, whose limits, answers and score it has.
         rules: a round of MLPerf, such as "mlperf-v5.0,shortened=5s".
         target_qps: of Server and Offline, queries/s; None: user_conf's, or a default.
         user_conf: text of LoadGen's user.conf; "" for none.
+        audit: of compliance mode: "TEST01", "TEST04" or "TEST06".
         max_batch: samples of a group at most; None: by scenario.
         max_wait_s: how long the oldest sample of a group waits for others at most, s.
         warmup_s: how long to warm up at least, s.
@@ -109,21 +113,12 @@ def run_mlperf(
         UsageError: something cannot be used as asked, on any rank; all ranks raise it.
         IncompleteError: the result could not be written.
     """
-    official = Official(scenario, mode, benchmark, rules, target_qps, user_conf)
-    wait_ns = round(max_wait_s * 1e9)
-    load = Load(1.0, "poisson", "central", max_batch or _group(official), wait_ns)
+    official = Official(scenario, mode, benchmark, rules, target_qps, user_conf, audit=audit)
+    load = Load(1.0, "poisson", "central", max_batch or _group(official), round(max_wait_s * 1e9))
     settings = script_settings(
-        5.0,
-        warmup_s,
-        timeout_s,
-        rules=rules,
-        output_dir=output_dir,
-        name=name,
-        quiet=quiet,
-        load=load,
-        official=official,
-        model_name=official.benchmark.model,
-    )
+        5.0, warmup_s, timeout_s, rules=rules, output_dir=output_dir, name=name, quiet=quiet,
+        load=load, official=official, model_name=official.benchmark.model,
+    )  # fmt: skip
     return measure_joined(measure_mlperf, sut, world, settings)
 
 
@@ -139,6 +134,7 @@ def _round(text: str) -> str:
 OPTIONS = (
     Option("scenario", "offline", one_of(*SCENARIOS), "LoadGen's scenario", "|".join(SCENARIOS)),
     Option("mode", "performance", one_of(*MODES), "LoadGen's mode", "|".join(MODES)),
+    Option("audit", None, one_of(*AUDITS), "MLCommons' test of compliance mode", "|".join(AUDITS)),
     Option("benchmark", "digits", _benchmark, "digits, tinylm, resnet50 or echo", "NAME"),
     Option("model", None, check_model, "in place of the benchmark's own", "MODEL"),
     Option(
@@ -173,6 +169,7 @@ def read_official(values: Values) -> dict[str, Any]:
         v["target_qps"],
         _text_of(v["user_conf"]),
         v["user_conf"] or "user.conf",
+        v["audit"] or "",
     )
     load = Load(
         official.target_qps or 1.0,

@@ -14,13 +14,18 @@ from functools import partial
 from typing import Any
 
 from distbench.arrivals import offline_samples, poisson_ns
-from distbench.errors import UsageError
+from distbench.compliance import AUDITS, check_audit
+from distbench.errors import UsageError, agreed
 from distbench.rounds import MS, OFFLINE_LIMIT, SAMPLES_PER_QUERY, Model, Round, Tokens
 from distbench.rules import Limits, Rules, limits, parse_rules
 from distbench.suite import BENCHMARKS, Benchmark, benchmark
 from distbench.user_conf import SCENARIOS, Conf, look_up, parse_conf
 
-MODES = {"performance": "PerformanceOnly", "accuracy": "AccuracyOnly"}
+MODES = {
+    "performance": "PerformanceOnly",
+    "accuracy": "AccuracyOnly",
+    "compliance": "PerformanceOnly",
+}
 """LoadGen's names of the modes."""
 DEFAULT_QPS = 200.0
 """Of Server, where neither the command nor user.conf gives a rate."""
@@ -58,12 +63,13 @@ class Official:
 
     Attributes:
         scenario: distbench's name of it.
-        mode: "performance" or "accuracy".
+        mode: "performance", "accuracy" or "compliance".
         name: of the benchmark.
         rules: such as "mlperf-v5.0,shortened=5s".
         target_qps: of Server and Offline; None: user.conf's, or a default.
         user_conf: text of the user's file; "" without one.
         conf_path: of that file.
+        audit: of compliance mode, one of ``compliance.AUDITS``.
 
     Raises:
         UsageError: the benchmark, the rules or a line of user.conf is unknown.
@@ -76,6 +82,7 @@ class Official:
     target_qps: float | None = None
     user_conf: str = ""
     conf_path: str = "user.conf"
+    audit: str = ""
 
     def __post_init__(self) -> None:
         bench, conf = self.benchmark, self.conf
@@ -86,6 +93,7 @@ class Official:
             )
         if self.mode == "accuracy" and bench.target is None:
             raise UsageError(f"{bench.name} has no accuracy mode: {bench.why_unscored}")
+        check_audit(self.mode, self.audit, self.name, bool(self.tokens or bench.tokens))
         self._limits(OFFLINE_LIMIT)  # of a model whose size is not known yet
         if self.target_qps is None:
             return
@@ -205,6 +213,8 @@ def _accuracy_count(asked: Official, total: int, loaded: int) -> int:
 
 
 def _look_up(conf: Conf, asked: Official, key: str, otherwise: float) -> float:
+    if key in AUDITS.get(asked.audit, {}):  # which LoadGen reads last
+        return AUDITS[asked.audit][key]
     found = look_up(conf, asked.config, asked.scenario, key)
     return otherwise if found is None else found
 
@@ -223,6 +233,7 @@ def _described(
     return {
         "scenario": asked.scenario,
         "mode": asked.mode,
+        "audit": asked.audit,
         "benchmark": asked.name,
         "config": asked.config,
         "round": asked.round.name,
@@ -265,7 +276,7 @@ def _rated_counts(
     qps = value("target_qps", 1.0)
     made = offline_samples(queries, least_ns, qps, multiple)
     if asked.mode == "performance" and made / rate < least_ns / 1e9:
-        raise _agreed(
+        raise agreed(
             f"target_qps {qps:g} lets LoadGen issue {made:,} samples, which these ranks do in "
             f"{made / rate:.3g} s at the {rate:.4g} samples/s of their warm-up, and the run has "
             f"to last {least_ns / 1e9:g} s: give --target-qps {rate * 1.05:.4g} or more"
@@ -362,16 +373,10 @@ def _stream_counts(
     made = -(-made // multiple) * multiple + multiple
     right_s = _spread(asked, rates) * depth / max(rates) + ROUND_TRIP_S
     if asked.mode == "performance" and made * right_s < least_ns / 1e9:
-        raise _agreed(
+        raise agreed(
             f"target_latency {expected_ns / MS:g} ms lets LoadGen make {made:,} queries, which "
             f"last {made * right_s:.3g} s at the {right_s * 1e3:.3g} ms of the warm-up, and the "
             f"run has to last {least_ns / 1e9:g} s: give target_latency {right_s * 1e3:.3g} or "
             "less in user.conf"
         )
     return {"capacity": made * samples, "expected_latency_ns": int(expected_ns)}
-
-
-def _agreed(sentence: str) -> UsageError:
-    error = UsageError(sentence)
-    error.agreed = True
-    return error

@@ -35,6 +35,8 @@ class Benchmark:
         latency_ns: Server's limit on the p99, where MLPerf has none for it.
         tokens: or Server's limits on TTFT and TPOT.
         interactive: limits of its interactive variant.
+        dtype: numpy's name of a token's type in an answer; "" of a model without tokens.
+        end: the token that ends a text; None where the model has none.
         why_unscored: "" or why there is no accuracy mode.
     """
 
@@ -46,6 +48,8 @@ class Benchmark:
     latency_ns: int | None = None
     tokens: Tokens | None = None
     interactive: Tokens | None = None
+    dtype: str = ""
+    end: int | None = None
     why_unscored: str = ""
 
 
@@ -61,6 +65,7 @@ BENCHMARKS = {
             "tinylm", "tinylm", "distbench.models.tinylm_data",
             metric="tokens that are the reference's, place by place", target=0.99,
             tokens=Tokens(500 * MS, 50 * MS), interactive=Tokens(200 * MS, 25 * MS),
+            dtype="u1",
         ),
         Benchmark(
             "resnet50", "resnet50,samples=1024", "distbench.models.classes",

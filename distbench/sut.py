@@ -60,10 +60,12 @@ class First(NamedTuple):
     Attributes:
         row: as issued.
         token_ns: when, on this process's clock.
+        token: it; -1: not told. LoadGen logs it beside the whole answer, and TEST06 compares them.
     """
 
     row: int
     token_ns: int
+    token: int = -1
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from distbench.bounds import bounds_found, bounds_of
 from distbench.checks import facts_found
 from distbench.fabric_verdict import SCENARIO, collectives_result
 from distbench.findings import Finding, status, worst_first
+from distbench.floor_verdict import floor_figures, floor_found
 from distbench.joined import driver_found, driver_section, worker_times
 from distbench.laps import stragglers_found
 from distbench.loadgen_verdict import (
@@ -54,7 +55,8 @@ def result(run: Run, pool: Pool | None = None) -> dict[str, Any]:
     if official_of(run) is None:
         rules, gates = ruled(pool, times, span)
     else:
-        figures, own = figures_of(run, figures), loadgen_found(run)
+        figures, own = figures_of(run, figures) | floor_figures(run), loadgen_found(run)
+        found += floor_found(run, figures)
         gates, found = gates_of(run, figures), found + own
         rules = rules_section(run, gates, facts_found(run, ranks) + driver_found(run) + own)
     tables = bounds_table(pool, times)

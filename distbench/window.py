@@ -30,6 +30,7 @@ from distbench.samples import SampleLog, fail_rest
 from distbench.scenarios import scenario
 from distbench.settings import Settings
 from distbench.steady import UNTIL_LEAST
+from distbench.suite import encoder
 from distbench.sut import SystemUnderTest, collector
 from distbench.waiting import disturbed
 from distbench.windows import Windows, until
@@ -203,6 +204,9 @@ def _check_accuracy(
         kept, indices_of, turn.accurate, finish.tolerance(sut)
     )
     recorder.after["score"] = score
+    if settings.official is not None:
+        encode = encoder(settings.official.benchmark)
+        recorder.after["answers"] = finish.hash_answers(kept, indices_of, encode)
 
 
 def own_end(world: World, error: BaseException) -> End:

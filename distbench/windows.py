@@ -26,7 +26,7 @@ from distbench.sums import summed, summed_per_rank, total, worst_start
 
 LIFTED = ("incomplete", "invalid", "undecided", "doubtful")
 """Levels of a window's findings that stand in the result above it as well."""
-RULED = (None, "VALID", "SHORTENED", "INVALID")
+RULED = (None, "VALID", "AUDIT", "SHORTENED", "INVALID")
 """Words of the rules, the worst last."""
 NOTED = (JUDGED_BY_ALL, "straggler", "replicas-left-out")
 """Codes of notes that stand there as well; of a straggler, where most windows name it."""

@@ -213,7 +213,9 @@ def reporter(
         for each in ended:
             row = each.row
             if isinstance(each, First):
-                channel.post(FIRST, query[row], each.token_ns)
+                told = encode is not None and each.token >= 0
+                token = encode([[each.token]])[0] if encode and told else b""
+                channel.post(FIRST, query[row], each.token_ns, token)
                 continue
             count, first, failed = counts[row], query[row], completed[row] == FAILED
             tokens = FAILED_TOKENS if failed else len(each.token_ns)
@@ -303,6 +305,19 @@ def _leave(channel: Channel, inbox: Inbox, code: int) -> None:
         inbox.problem = inbox.problem or str(error)
     while not inbox.over:
         inbox.read(wait=True)
+
+
+def await_word(channel: Channel, within_s: float) -> bytes:
+    """Wait for the driver's word to load or unload samples; returns their indices as bytes.
+
+    Raises:
+        ChannelLost: none came in time, or the driver is gone.
+    """
+    while select.select([channel], [], [], within_s)[0]:
+        for kind, _, _, data in channel.read():
+            if kind in (LOAD, UNLOAD):
+                return data  # a pulse may come before it
+    raise ChannelLost(f"nothing came from the driver within {within_s:.0f} s")
 
 
 class Preloaded:

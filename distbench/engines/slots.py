@@ -187,7 +187,9 @@ class Lane:
             reach = len(prompt) + 1 - self.steps
             self._texts[slot] = _Text(row, self.steps, reach, token, started_ns, stamp_ns)
             heappush(self._ends, (self.steps + wanted - 1, slot))
-        told: list[Done | First] = [First(row, stamp_ns) for row, _, _ in rows]
+        told: list[Done | First] = [
+            First(row, stamp_ns, token) for token, (row, _, _) in zip(tokens, rows, strict=True)
+        ]
         return told + self._retire()
 
     def _retire(self) -> list[Done]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from distbench.floor_verdict import near_floor
 from distbench.report.units import duration, wrapped
 
 
@@ -25,20 +26,28 @@ def official_words(official: dict[str, Any]) -> str:
     rate = official["target_qps"]
     asked = f", target_qps {rate:g}" if rate is not None else ""
     sut = ", Network SUT" if official["network"] else ""
-    return f"LoadGen {official['loadgen']} in {official['mode']} mode{asked}{sut}"
+    audit = f" ({official['audit']})" if official.get("audit") else ""
+    return f"LoadGen {official['loadgen']} in {official['mode']} mode{audit}{asked}{sut}"
 
 
 def loadgen_rows(names: dict[str, str]) -> dict[str, str]:
     """Return the rows of the table of latencies, titles by series: LoadGen's, then ours."""
     ours = {"dispatch.latency": "dispatch", "lateness": "lateness", "queue": "queue"}
     rest = {name: title for name, title in names.items() if name != "latency"}
-    return {"latency": "LoadGen", **ours, "return": "return", **rest}
+    floor = {"floor.latency": "floor"}
+    return {"latency": "LoadGen", **ours, "return": "return", **rest, **floor}
+
+
+def marked(metrics: dict[str, Any], name: str) -> str:
+    """Return a percentile as the table has it: marked where it is near the floor."""
+    return duration(metrics[name]["value"]) + "*" * near_floor(metrics, name)
 
 
 LOADGEN_FOOT = (
     "LoadGen, ttft and tpot are read from its log, and count from when LoadGen scheduled a sample; "
     "dispatch is from when it handed the sample over to the completion message, on the driver's "
-    "clock: lateness of the rank's loop + queue + service + return"
+    "clock: lateness of the rank's loop + queue + service + return; floor is LoadGen and dispatch "
+    "with replicas that do nothing, measured right after, and * is less than 10 times of it"
 )
 """What stands below that table."""
 _FOOT = {

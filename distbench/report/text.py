@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from distbench.report.bounded import bound_lines, gate_lines, peak_lines, search_lines
-from distbench.report.central import driver_lines, foot, loadgen_rows, official_words
+from distbench.report.central import driver_lines, foot, loadgen_rows, marked, official_words
 from distbench.report.fabric import fabric_lines
 from distbench.report.scaling import efficiency_lines, scaling_lines
 from distbench.report.sharding import layout_lines
@@ -135,14 +135,16 @@ def _of_layout(result: dict[str, Any]) -> str:
 def _rates(result: dict[str, Any]) -> list[str]:
     """Return Server's rates, and a stream's estimate: what LoadGen would print."""
     lines = []
-    for name in ("throughput.scheduled", "throughput.completed", "throughput.tokens", "goodput"):
+    shown = ("throughput.scheduled", "throughput.completed", "throughput.tokens", "goodput")
+    for name in (*shown, "floor.throughput"):
         found = result["metrics"].get(name)
         if found is not None:
             known = f"unknown: {found['reason']}"
             if found["value"] is not None:
-                unit = found["unit"].replace("samples", "queries")
+                unit = found["unit"].replace("samples", "queries" if name in shown else "samples")
                 known = f"{rounded(found['value'], 5)} {unit}, {found['definition']}"
-            lines += wrapped(f"  {name.removeprefix('throughput.'):<15}{known}", 17)
+            label = name.removeprefix("throughput.").removesuffix(".throughput")
+            lines += wrapped(f"  {label:<15}{known}", 17)
     headline = scenario(result["scenario"]).headline
     found = result["metrics"].get(f"{headline}.early_stopping")
     if found is not None:
@@ -198,7 +200,8 @@ def _latencies(result: dict[str, Any]) -> list[str]:
         if f"{name}.p50" not in known:
             continue
         found = [known[f"{name}.{label}"] for label in LATENCIES]
-        rows.append([title, f"{found[0]['n']:,}", *(duration(each["value"]) for each in found)])
+        values = [marked(known, f"{name}.{label}") for label in LATENCIES]
+        rows.append([title, f"{found[0]['n']:,}", *values])
         if any(each["ci_low"] is not None for each in found):
             for end, field in (("from", "ci_low"), ("to", "ci_high")):
                 ends = (duration_or_dash(each[field]) for each in found[:-2])

@@ -355,7 +355,7 @@ def test_each_row_has_its_first_token_before_it_is_done(net, drawn):
     assert len(told) == 20
     assert sorted(firsts) == sorted(done) == list(range(10))
     for row, each in done.items():
-        assert told.index(First(row, firsts[row])) < told.index(each)
+        assert told.index(First(row, firsts[row], each.outputs[0][0])) < told.index(each)
         assert each.started_ns < each.token_ns[0] == firsts[row]
         assert np.all(np.diff(each.token_ns) > 0)
         assert len(each.token_ns) == len(each.outputs[0]) == drawn.output_lengths[row]

@@ -102,7 +102,7 @@ def test_nothing_to_do_is_told_at_once_and_asks_nothing_of_the_decoder():
 def test_a_row_from_prefill_to_its_last_token():
     sut = engine(2, [3] * 100)
     issue(sut, 5)
-    assert sut.poll(FOREVER) == [First(5, 2)]
+    assert sut.poll(FOREVER) == [First(5, 2, written(PROMPTS[5], 3)[0])]
     assert sut.poll(FOREVER) == []
     [done] = sut.poll(FOREVER)
     assert (done.row, done.count, done.error, done.device_ns) == (5, 1, "", 0)
@@ -116,7 +116,8 @@ def test_a_row_of_one_token_ends_with_its_prefill():
     sut = engine(2, [1] * 100)
     issue(sut, 3, 4)
     first, second, *ended = sut.poll(FOREVER)
-    assert (first, second) == (First(3, 2), First(4, 2))
+    tokens = [written(PROMPTS[row], 1)[0] for row in (3, 4)]
+    assert (first, second) == (First(3, 2, tokens[0]), First(4, 2, tokens[1]))
     assert [(done.row, done.outputs[0].tolist()) for done in ended] == [
         (row, written(PROMPTS[row], 1)) for row in (3, 4)
     ]
@@ -183,7 +184,7 @@ def test_every_row_ends_once_with_its_own_tokens(slots, batching):
     assert len(told) == 200
     assert sorted(firsts) == sorted(ended) == list(range(100))
     for row, done in ended.items():
-        assert told.index(First(row, firsts[row])) < told.index(done)
+        assert told.index(First(row, firsts[row], done.outputs[0][0])) < told.index(done)
         assert done.outputs[0].tolist() == written(PROMPTS[row], lengths[row])
         assert len(done.token_ns) == lengths[row]
         assert done.token_ns[0] == firsts[row] > done.started_ns
