@@ -21,15 +21,15 @@ LAYERS = (
     "bounds scenarios load batching cells settings search histogram quantiles student stats "
     "steady run rank_files shape layout predict stages sharding sums windows times laps pool "
     "intervals metrics findings checks settled trust pace ruling operations transports fabric "
-    "fabric_verdict user_conf suite mllog compliance official mlperf_files loadgen_verdict floor_verdict "
-    "verdict tried trail scaling report compare conditions launches wire pings "
+    "fabric_verdict user_conf suite mllog compliance official mlperf_files loadgen_verdict "
+    "floor_verdict verdict tried trail scaling report compare conditions launches wire pings "
     "liveness network cli joined waiting frames dispatch loadgen floor driver talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command parallel shards cuts tensors",
     # Scenarios.
-    "offline server singlestream multistream worker null_replica central spawn coordinated distributed "
-    "collectives fabric_window courses mlperf",
+    "offline server singlestream multistream worker null_replica central spawn coordinated "
+    "distributed collectives fabric_window courses mlperf",
     # Commands around runs.
     "plan shard_plan verify audit salvage baseline",
 )
