@@ -34,7 +34,7 @@ from distbench.compliance import (
     same_tokens,
     verification,
 )
-from distbench.conditions import conditions, differences, listed
+from distbench.conditions import Difference, conditions, differences, listed
 from distbench.errors import EXIT_CRASH, EXIT_OK, EXIT_USAGE, UsageError
 from distbench.gates import WORDING
 from distbench.loadgen_verdict import official_of, told_by
@@ -46,8 +46,10 @@ from distbench.verify import check_hashes
 
 NATIVE = "outputs"
 """Name of the audit that needs no run of its own."""
-OF_THE_TEST = {"mode", "audit"}
-"""Options in which the runs of an audit differ."""
+OF_THE_TEST = {"mode", "audit", "official"}
+"""Options in which the runs of an audit differ; of the last, which scripts give, see ``ASKED``."""
+ASKED = ("round", "benchmark", "config", "model", "total", "resident", "tokens", "network")
+"""What of the plan must be alike."""
 MARKS = {True: "passed", False: "FAILED", None: "unknown"}
 
 
@@ -135,16 +137,22 @@ def by_role(runs: Sequence[Audited]) -> dict[str, Audited]:
         found[each.role] = each
     first = next(iter(runs))
     for other in runs[1:]:
-        unlike = [
-            each
-            for each in differences(conditions(first.result), conditions(other.result))
-            if each.name not in OF_THE_TEST
-        ]
+        unlike = _unlike(first, other)
         if unlike:
             raise UsageError(
                 f"{first.path} and {other.path} differ in {listed(unlike)}: give runs of one kind"
             )
     return found
+
+
+def _unlike(first: Audited, other: Audited) -> list[Difference]:
+    found = differences(conditions(first.result), conditions(other.result))
+    asked = [
+        Difference(name, str(first.official[name]), str(other.official[name]))
+        for name in ASKED
+        if first.official[name] != other.official[name]
+    ]
+    return asked + [each for each in found if each.name not in OF_THE_TEST]
 
 
 def judged(runs: Sequence[Audited]) -> list[Judgement]:

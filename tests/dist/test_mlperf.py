@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from distbench.audit import judged, read_audited
 from distbench.errors import UsageError
 from distbench.models.digits_data import read_data
 from distbench.models.tinylm_data import draw_samples, read_expected, read_text
@@ -254,3 +255,101 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "result.json").read_text())
     agree("server", "digits", {"result": result, "folder": folder}, 2)
+
+
+# -- compliance ----------------------------------------------------------------------------------
+
+
+def judge(*folders: str) -> dict[str, dict[str, bool | None]]:
+    """Return what every check of every test that the runs allow says."""
+    made = judged([read_audited(Path(each)) for each in folders])
+    return {each.audit: {check.name: check.passed for check in each.checks} for each in made}
+
+
+@pytest.mark.slow
+def test_test01_of_two_ranks(tmp_path: Path) -> None:
+    folders = [
+        run(tmp_path, 2, "offline", "digits", **options)["folder"]
+        for options in (
+            {"target_qps": 60_000.0},
+            {"mode": "accuracy"},
+            {"mode": "compliance", "audit": "TEST01", "target_qps": 60_000.0},
+        )
+    ]
+    found = judge(*folders)
+    assert found["outputs"] == {"outputs": True}
+    assert found["TEST01"]["answers"] is True
+    logged = json.loads((Path(folders[2]) / "loadgen" / "mlperf_log_accuracy.json").read_text())
+    assert 2_000 < len(logged) < 8_192, "about 4,096 of 66,000 answers"
+    result = load_run(folders[2]).result()
+    assert result["verdict"]["rules"]["audit"] == "TEST01"
+    assert result["verdict"]["rules"]["result"] in ("AUDIT", "INVALID")
+    # The same with one answer changed.
+    logged[7]["data"] = "7F"
+    path = Path(folders[2]) / "loadgen" / "mlperf_log_accuracy.json"
+    path.write_text(json.dumps(logged))
+    with pytest.raises(UsageError, match="not as it was written"):
+        read_audited(Path(folders[2]))
+
+
+def cached(out: str, audit: str, cache: bool) -> str:
+    """Serve with 4 ms a sample, or with none for one that came before; returns the folder."""
+    import time
+
+    import numpy as np
+
+    import distbench
+
+    seen: set[int] = set()
+
+    def serve(indices: Any) -> Any:
+        new = [i for i in indices.tolist() if not cache or i not in seen]
+        seen.update(new)
+        time.sleep(0.004 * len(new))
+        return np.zeros((len(indices), 10))
+
+    with distbench.join(device="cpu") as world:
+        run = distbench.run_mlperf(
+            serve, world, scenario="server", mode="compliance" if audit else "performance",
+            audit=audit, rules="mlperf-v5.0,shortened=5s", target_qps=100.0, warmup_s=0.05,
+            output_dir=out, user_conf="*.Server.target_latency = 1000",
+        )  # fmt: skip
+        return str(run.folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_cache_is_found_in_server_whose_rate_hides_it(tmp_path: Path, cache: bool) -> None:
+    folders = [run_ranks(cached, 2, str(tmp_path), x, cache)[0] for x in ("", "TEST04")]
+    checks = judge(*folders)["TEST04"]
+    assert checks["score"] is True, "MLCommons' rule sees nothing: the rate is the offered one"
+    assert checks["same-sample"] is not cache
+    issued = load_run(folders[1]).driver
+    assert issued is not None and len(set(issued.column("index").tolist())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["server", "offline"])
+def test_test06_looks_at_the_tokens_of_two_ranks(tmp_path: Path, scenario: str) -> None:
+    options = {"mode": "compliance", "audit": "TEST06"}
+    told = run(tmp_path, 2, scenario, "tinylm", **options, **QPS.get(scenario, {}))
+    names = ("errors", "first token", "end token", "length")
+    assert judge(told["folder"]) == {"TEST06": dict.fromkeys(names, True)}
+    assert told["result"]["verdict"]["rules"]["result"] == "AUDIT"
+    assert told["result"]["window"]["samples"] == 100
+
+
+QPS = {"server": {"target_qps": 20.0}}
+
+
+@pytest.mark.slow
+def test_the_floor_beside_a_run_of_two_ranks(tmp_path: Path) -> None:
+    """A model that does nothing is its own floor; one of 50 ms is far from it."""
+    told = run(tmp_path, 2, "server", "echo", target_qps=500.0)
+    metrics = told["result"]["metrics"]
+    ratio = metrics["latency.p50"]["value"] / metrics["floor.latency.p50"]["value"]
+    assert 0.1 < ratio < 10
+    assert "near-floor" in {each["code"] for each in told["result"]["verdict"]["findings"]}
+    text = (Path(told["folder"]) / "report.txt").read_text()
+    assert re.search(r"^floor +[0-9,]+ ", text, re.MULTILINE) and "us*" in text
+    assert verify(Path(told["folder"]))[0] == 0

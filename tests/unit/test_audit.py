@@ -112,6 +112,9 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     unlike = replace(found["accuracy"], result={**found["accuracy"].result, "scenario": "offline"})
     with pytest.raises(UsageError, match=r"differ in scenario \(server and offline\)"):
         judged([found["performance"], unlike])
+    other = replace(found["accuracy"], official={**found["accuracy"].official, "resident": 5})
+    with pytest.raises(UsageError, match=r"differ in resident \(1797 and 5\)"):
+        judged([found["performance"], other])
     with pytest.raises(UsageError):
         read_audited(tmp_path)
     assert main([]) == 2

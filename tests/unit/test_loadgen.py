@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import signal
@@ -369,14 +370,16 @@ class Told:
 
     def __init__(self) -> None:
         self.firsts: list[int] = []
+        self.tokens: list[bytes] = []
         self.done: list[tuple[int, int]] = []
 
     class QuerySampleResponse:
-        def __init__(self, sample: int, _at: int, size: int, tokens: int = -1) -> None:
-            self.id, self.size, self.tokens = sample, size, tokens
+        def __init__(self, sample: int, at: int, size: int, tokens: int = -1) -> None:
+            self.id, self.at, self.size, self.tokens = sample, at, size, tokens
 
     def FirstTokenComplete(self, responses: Any) -> None:
         self.firsts += [each.id for each in responses]
+        self.tokens += [ctypes.string_at(each.at, each.size) for each in responses]
 
     def QuerySamplesComplete(self, responses: Any) -> None:
         self.done += [(each.id, each.tokens) for each in responses]
@@ -409,8 +412,13 @@ def in_process(tokens: bool, count: int = 6) -> tuple[Session, Told, list[Except
 
 def test_first_tokens_and_numbers_of_tokens_are_told() -> None:
     session, told, failed = in_process(tokens=True)
-    session.take(0, [(FIRST, 2, 5, b""), (DONE, 2, 7, b"text"), (DONE, 3, FAILED_TOKENS, b"")])
-    assert told.firsts == [102] and told.done == [(102, 7), (103, 0)] and not failed
+    session.take(0, [(FIRST, 2, 5, b"t"), (DONE, 2, 7, b"text"), (DONE, 3, FAILED_TOKENS, b"")])
+    assert (
+        told.firsts == [102]
+        and told.tokens == [b"t"]
+        and told.done == [(102, 7), (103, 0)]
+        and not failed
+    )
     assert session.log.tokens[2] == 7 and session.log.first_token[2] > 0
     assert session.log.completed[3] == FAILED
     with pytest.raises(DriverEnded, match="answered sample 2, answered a second time"):

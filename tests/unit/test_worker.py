@@ -216,6 +216,17 @@ def test_a_first_crosses_before_the_rest_and_tokens_are_counted() -> None:
     assert log.completed.tolist() == [1_020, FAILED]
 
 
+def test_under_loadgen_the_first_token_crosses_with_its_first() -> None:
+    posted: list[Any] = []
+    channel: Any = type("Channel", (), {"post": lambda _, *told: posted.append(told)})()
+    channel.flush = lambda: True
+    log = SampleLog.in_memory(2, COURSE_COLUMNS)
+    log.query[:] = [7, 8]
+    report = reporter(channel, log, lambda outputs: [bytes(each) for each in outputs])
+    report([First(0, 5, 65), First(1, 6)])
+    assert posted == [(FIRST, 7, 5, b"A"), (FIRST, 8, 6, b"")]
+
+
 def test_the_harness_is_measured_without_a_wire() -> None:
     log = SampleLog.in_memory(400, COURSE_COLUMNS)
     channel: Any = Preloaded(400)
