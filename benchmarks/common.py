@@ -10,6 +10,7 @@ Importing this module makes ``distbench`` importable from a plain checkout.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +26,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from distbench.files import write_json  # noqa: E402  the line above makes it importable
+from distbench.student import t_quantile  # noqa: E402  likewise
 
 NAME_WIDTH = 54
 Values = Sequence[float]
@@ -64,6 +66,22 @@ def quantile(values: Values, p: float) -> float:
 def ratios(over: Values, under: Values) -> list[float]:
     """Divide round by round."""
     return [a / b for a, b in zip(over, under, strict=True)]
+
+
+def mean_ratio(paired: Values, confidence: float) -> tuple[float, float, float]:
+    """Return the geometric mean of ratios of several rounds, with its interval.
+
+    Args:
+        paired: a ratio per round, above 0, at least two.
+        confidence: such as 0.99.
+
+    Returns:
+        The mean, and the ends of the interval by Student's t on logarithms.
+    """
+    logs = [math.log(each) for each in paired]
+    middle = fmean(logs)
+    half = t_quantile((1 + confidence) / 2, len(logs) - 1) * stdev(logs) / math.sqrt(len(logs))
+    return math.exp(middle), math.exp(middle - half), math.exp(middle + half)
 
 
 def interleave(rounds: int, **cases: Callable[[], float]) -> dict[str, list[float]]:

@@ -20,6 +20,7 @@ from distbench.quantiles import select
 from distbench.rank_files import write_driver, write_rank
 from distbench.record import Recorder, write_report, write_result
 from distbench.run import RankRecord, Run, rank_folder
+from distbench.scores import NO_TEXT
 from distbench.sut import SystemUnderTest, run_indices
 from distbench.verdict import result
 from distbench.windows import Windows, windows_result
@@ -27,6 +28,8 @@ from distbench.windows import Windows, windows_result
 if TYPE_CHECKING:
     from distbench.world import World
 
+SCORED = "scored in the first window"
+RAISED = "the model raised in the window, so what is in flight in it is not known"
 TOLERANCE, HALF_TOLERANCE = 1e-3, 2e-2
 """Relative difference of float outputs between batch sizes; the second in bf16 and fp16."""
 
@@ -61,11 +64,8 @@ def accuracy_pass(
             else "the model has no held-out samples to score"
         )
         return {"right": 0, "of": 0, "reason": reason}, {}
-    if scored:
-        return {"right": 0, "of": 0, "reason": "scored in the first window"}, {}
-    if raised:
-        reason = "the model raised in the window, so what is in flight in it is not known"
-        return {"right": 0, "of": 0, "reason": reason}, {}
+    if scored or raised:
+        return {"right": 0, "of": 0, "reason": SCORED if scored else RAISED}, {}
     mine = np.ascontiguousarray(held_out[world.replica :: world.replicas], np.int64)
     if len(mine) == 0 or not world.leader:
         return {"right": 0, "of": 0, "reason": ""}, {}
@@ -79,6 +79,43 @@ def accuracy_pass(
         return {"right": 0, "of": 0, "reason": reason}, {}
     by_index = dict(zip(mine.tolist(), outputs, strict=True))
     return {"right": right, "of": total, "reason": ""}, by_index
+
+
+def text_pass(
+    sut: SystemUnderTest,
+    world: World,
+    raised: bool = False,
+    scored: bool = False,
+    tell: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Let the model tell this replica's part of its held-out text, byte by byte, untimed.
+
+    Args:
+        sut: nothing in flight.
+        world: all ranks.
+        raised: whether the model raised in the window.
+        scored: whether an earlier window of the same command had it.
+        tell: called whenever a piece of the text is told.
+
+    Returns:
+        ``bits`` that the bytes of this part cost by the model's probabilities, how many ``bytes``
+        these are, and the ``reason`` for none.
+    """
+    none, text_bits = {"bits": 0, "bytes": 0}, getattr(sut, "text_bits", None)
+    if text_bits is None:
+        return {**none, "reason": NO_TEXT}
+    if scored or raised:
+        return {**none, "reason": SCORED if scored else RAISED}
+    if not world.leader:
+        return {**none, "reason": ""}
+    try:
+        bits, count = text_bits(world.replica, world.replicas, tell)
+        if not math.isfinite(bits):
+            raise ValueError(f"{count} bytes are told in {bits} bits")
+    except Exception as error:  # likewise
+        reason = f"the text was not told on {where(world.rank, world.host)}: {error!r}"
+        return {**none, "reason": reason}
+    return {"bits": float(bits), "bytes": int(count), "reason": ""}
 
 
 def tolerance(sut: SystemUnderTest) -> float:

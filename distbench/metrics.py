@@ -17,6 +17,7 @@ from distbench.pool import Pool, within
 from distbench.quantiles import RULE
 from distbench.run import RankRecord, Run
 from distbench.scenarios import Scenario, scenario, series_of
+from distbench.scores import ACCURACY, BITS, fraction
 from distbench.stats import Interval
 from distbench.times import LATE_NS, Makespan, RankTimes, since_start_ns
 
@@ -82,6 +83,7 @@ def metrics(pool: Pool, times: list[RankTimes], span: Makespan) -> dict[str, dic
     if kind.stream:
         out |= _estimate(pool, times, kind)
     out["accuracy"] = accuracy(run)
+    out["bits_per_byte"] = metric(unit="bits/byte", **fraction(run, "text", BITS))
     out["memory.peak"] = _memory(run)
     return out
 
@@ -242,16 +244,7 @@ def _latencies(
 
 def accuracy(run: Run) -> dict[str, Any]:
     """Return the accuracy metric: the ranks' scores, summed, then divided."""
-    definition = "right / scored over the model's held-out samples, untimed"
-    scores = [s for r in run.left if (s := (r.after or {}).get("score")) is not None]
-    if len(scores) < run.world_size:
-        return metric(None, "1", 0, definition, reason="a rank left no score")
-    if reasons := [s["reason"] for s in scores if s["reason"]]:
-        return metric(None, "1", 0, definition, reason=reasons[0])
-    right, scored = sum(s["right"] for s in scores), sum(s["of"] for s in scores)
-    value = right / scored if scored else None
-    shown = f"{definition} ({right:g}/{scored:g})"
-    return metric(value, "1", int(scored), shown, reason="" if scored else "nothing was scored")
+    return metric(unit="1", **fraction(run, "score", ACCURACY))
 
 
 LATER_WINDOW = (

@@ -23,6 +23,7 @@ from distbench.findings import Finding, status, worst_first
 from distbench.metrics import metric
 from distbench.ruling import table
 from distbench.scenarios import scenario
+from distbench.scores import of_first
 from distbench.student import t_quantile
 from distbench.sums import summed, summed_per_rank, worst_start
 from distbench.windows import absent_found, lifted, line, number
@@ -346,5 +347,5 @@ def _metrics(
             found |= {"n_eff": rounds, "reason": ""}
     peak = dict(first["metrics"]["memory.peak"])
     peak["definition"] += ", to the end of the first window"
-    own = {"accuracy": first["metrics"]["accuracy"], "memory.peak": peak}
+    own = {**of_first(first["metrics"]), "memory.peak": peak}
     return {"efficiency": left, "throughput": throughput, **own}

@@ -23,6 +23,7 @@ from distbench.predict import foresee_all
 from distbench.ruling import table
 from distbench.scaling import interval
 from distbench.scenarios import scenario
+from distbench.scores import of_first
 from distbench.sums import summed, summed_per_rank, worst_start
 from distbench.windows import absent_found, lifted, line, number
 
@@ -295,7 +296,7 @@ def _metrics(
     peaks = [each["metrics"]["memory.peak"] for each in first]
     return {
         **out,
-        "accuracy": first[0]["metrics"]["accuracy"],
+        **of_first(first[0]["metrics"]),
         "memory.peak": max(peaks, key=lambda peak: peak["value"] or 0),
     }
 

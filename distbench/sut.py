@@ -73,7 +73,9 @@ class SystemUnderTest(Protocol):
     """What a scenario needs of a system under test; see CONTRIBUTING.md.
 
     Optional attributes: ``held_out`` (sample indices, int64) and ``score(indices, outputs) ->
-    (numerator, denominator)`` for accuracy, ``target_accuracy`` that it must reach, ``digest``
+    (numerator, denominator)`` for accuracy, ``target_accuracy`` that it must reach,
+    ``text_bits(part, parts, tell) -> (bits, bytes)`` (what one of so many parts of its held-out
+    text costs by its probabilities; ``tell()`` after each piece), ``digest``
     (what the weights are, compared between ranks), ``dtype`` (what it computes in, such as "fp16",
     likewise), ``flops_per_sample`` (operations the model needs for a sample, held against what a
     known GPU can do), ``most_tokens`` of a token engine (tokens of a sample at most; without it the

@@ -18,6 +18,7 @@ from typing import Any
 from distbench.findings import Finding, status, worst_first
 from distbench.metrics import metric
 from distbench.ruling import table
+from distbench.scores import of_first
 from distbench.search import (
     CONFIRM,
     DOUBLINGS,
@@ -261,7 +262,7 @@ def _metrics(
     }
     memory = dict(first["metrics"]["memory.peak"])
     memory["definition"] += ", to the end of the first window"
-    own = {"accuracy": first["metrics"]["accuracy"], "memory.peak": memory}
+    own = {**of_first(first["metrics"]), "memory.peak": memory}
     return {"peak": peak, **(base["metrics"] if base is not None else known), **own}
 
 

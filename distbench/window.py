@@ -184,13 +184,14 @@ def _check_accuracy(
     kept: dict[int, Any],
     turn: Turn,
 ) -> None:
-    """Take the accuracy pass, and hold the window's kept outputs against it."""
+    """Score the model, and hold the window's kept outputs against the accuracy pass."""
     sut, settings, log = prepared.sut, prepared.settings, recorder.log
     raised = bool(recorder.after.get("raised"))
     with record.watched(world, setup_limit_s(settings)) as tell:
         score, accurate = finish.accuracy_pass(
             sut, world, settings.group, raised, turn.scored, tell
         )
+        recorder.after["text"] = finish.text_pass(sut, world, raised, turn.scored, tell)
     indices_of = {row: log.index[row : row + log.count[row]].tolist() for row in kept}
     if not turn.scored:
         turn.scored = True

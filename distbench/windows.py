@@ -21,6 +21,7 @@ from distbench.findings import Finding, status, worst_first
 from distbench.metrics import NO_INTERVAL, metric
 from distbench.run import JUDGED_BY_ALL, Run
 from distbench.run import load_run as load_window
+from distbench.scores import of_first
 from distbench.steady import Until, until_decision
 from distbench.sums import summed, summed_per_rank, total, worst_start
 
@@ -358,6 +359,6 @@ def _metrics(
     peak["definition"] += ", to the end of the first window"
     return {
         "throughput": found,
-        "accuracy": results[0]["metrics"]["accuracy"],
+        **of_first(results[0]["metrics"]),
         "memory.peak": peak,
     }

@@ -6,8 +6,9 @@ network of any size: load, with nothing to say about its text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,6 +50,7 @@ class DecoderModel:
         batching: "continuous" or "static".
         dtype: "fp32", "bf16" or "fp16".
         scored: ``held_out``, ``score`` and ``target_accuracy`` of a system under test, where known.
+        text_bits: as that of a system under test, of a whole network, its first argument.
     """
 
     config: NetConfig
@@ -61,6 +63,7 @@ class DecoderModel:
     batching: str = "continuous"
     dtype: str = "fp32"
     scored: Mapping[str, Any] = field(default_factory=dict)
+    text_bits: Callable[..., tuple[float, int]] | None = None
 
     @property
     def flops_per_sample(self) -> int:
@@ -113,9 +116,11 @@ def build_whole(model: DecoderModel, place: torch.device, now: Now = now_ns) -> 
     with torch.device("meta"):
         net = TinyLM(model.config).to(TORCH_DTYPES[model.dtype])
     fill(net.to_empty(device=place), model.whole)
-    sut = slot_engine(net, model, place, model.slots, model.batching, now, model.length)
+    sut: Any = slot_engine(net, model, place, model.slots, model.batching, now, model.length)
     _describe(sut, model)
-    return sut
+    if model.text_bits is not None:
+        sut.text_bits = partial(model.text_bits, net)
+    return sut  # type: ignore[no-any-return]
 
 
 def slot_engine(

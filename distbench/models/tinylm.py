@@ -2,14 +2,14 @@
 
 Every sample is one text to be written on: ``--batch-size 1``, and the engine batches by ``slots``.
 Accuracy is the share of tokens that are those of the reference, which writes the same texts in
-float64 and without any cache. How well the network tells the text at all, in bits per byte, is a
-property of the weights and no figure of a run; ``bits_per_byte`` measures it.
+float64 and without any cache. How well the network tells the held-out text at all, in bits per
+byte, is read off its probabilities, of each byte from those before it, where it is served whole.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from distbench.models.tinylm_data import (
     draw_samples,
     read_expected,
     read_text,
+    training_bytes,
 )
 from distbench.models.tinylm_net import TinyLM
 from distbench.models.tinylm_weights import trained
@@ -73,7 +74,8 @@ def describe(
     slots: int = SLOTS, batching: str = "continuous", folder: Path | None = None
 ) -> DecoderModel:
     """Return the model, before any of it is in memory; arguments and errors as of ``build``."""
-    samples = draw_samples(read_text(folder))
+    text = read_text(folder)
+    samples = draw_samples(text)
     expected = read_expected(samples, folder)
     whole, digest = trained(folder)
     return DecoderModel(
@@ -90,6 +92,9 @@ def describe(
             "score": lambda indices, outputs: count_matching(expected, indices, outputs),
             "target_accuracy": TARGET_ACCURACY,
         },
+        text_bits=lambda net, part, parts, tell: text_bits(
+            net, text, training_bytes(text), part=part, parts=parts, tell=tell
+        ),
     )
 
 
@@ -128,15 +133,46 @@ def bits_per_byte(
     Returns:
         Mean of -log2 of the probability given to the byte that came, over ``text[begin:]``.
     """
+    bits, count = text_bits(net, text, begin, window, stride)
+    return bits / count
+
+
+def text_bits(
+    net: TinyLM,
+    text: bytes,
+    begin: int,
+    window: int = 256,
+    stride: int = 64,
+    part: int = 0,
+    parts: int = 1,
+    tell: Callable[[], None] = lambda: None,
+) -> tuple[float, int]:
+    """Sum up ``bits_per_byte`` over one of several parts, which share the windows out in turn.
+
+    Args:
+        net: in eval mode.
+        text: ASCII.
+        begin: first byte that counts.
+        window: bytes that the network sees at once.
+        stride: bytes that count in each window.
+        part: from 0.
+        parts: how many.
+        tell: called after each window.
+
+    Returns:
+        The sum of -log2 of the probability given to the byte that came, and how many bytes.
+    """
     codes = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(net.embedding.weight.device)
-    total = 0.0
+    total, count = 0.0, 0
     with torch.inference_mode():
-        for first in range(begin, len(text), stride):
+        for first in range(begin + part * stride, len(text), parts * stride):
             end = min(first + stride, len(text))
             seen = codes[max(0, end - window) : end].long()
             logits = net(seen[None, :-1])[0, -(end - first) :].double()
             total += float(cross_entropy(logits, seen[-(end - first) :], reduction="sum"))
-    return total / math.log(2) / (len(text) - begin)
+            count += end - first
+            tell()
+    return total / math.log(2), count
 
 
 def greedy(net: TinyLM, prompt: bytes, count: int) -> tuple[NDArray[np.int64], float]:

@@ -239,6 +239,9 @@ def _accuracy(result: dict[str, Any]) -> list[str]:
     else:
         fraction = accuracy["definition"].rsplit("(", 1)[1].rstrip(")")
         lines.append(f"accuracy         {accuracy['value']:.2%} ({fraction} held-out samples)")
+    text = result["metrics"].get("bits_per_byte", {"value": None})
+    if text["value"] is not None:  # of few models; result.json has the reason of the others
+        lines.append(f"bits per byte    {text['value']:.4f} ({text['n']:,} held-out bytes)")
     if memory["value"] is None:
         lines.append(f"memory peak      unknown: {memory['reason']}")
     else:

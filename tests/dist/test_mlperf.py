@@ -12,8 +12,9 @@ import pytest
 from distbench.audit import judged, read_audited
 from distbench.errors import UsageError
 from distbench.models.digits_data import read_data
-from distbench.models.tinylm_data import draw_samples, read_expected, read_text
+from distbench.models.tinylm_data import draw_samples, read_expected, read_text, training_bytes
 from distbench.run import load_run
+from distbench.scores import NO_TEXT
 from distbench.verify import verify
 from tests.support import run_ranks, torchrun
 
@@ -149,6 +150,16 @@ def test_digits_on_two_ranks(tmp_path: Path, scenario: str) -> None:
 def test_texts_on_two_ranks(tmp_path: Path) -> None:
     told = run(tmp_path, 2, "server", "tinylm", target_qps=20.0)
     agree("server", "tinylm", told, 2)
+    bits(told)
+
+
+def bits(told: dict[str, Any]) -> None:
+    """The held-out text is told by both ranks, a part each, and is as hard as training said."""
+    found, folder = told["result"]["metrics"]["bits_per_byte"], Path(told["folder"])
+    assert found["n"] == len(read_text()) - training_bytes(read_text())
+    assert found["value"] == pytest.approx(1.361, abs=1e-3)
+    parts = [json.loads(each.read_text())["text"] for each in folder.glob("ranks/*/after.json")]
+    assert len(parts) == 2 and all(each["bytes"] > 2600 for each in parts)
 
 
 @pytest.mark.slow
@@ -178,6 +189,10 @@ def test_accuracy_is_that_of_loadgens_log_and_of_our_own_pass(
     assert len({each["qsl_idx"] for each in entries}) == len(entries) == told["result"]["window"]["samples"]  # fmt: skip
     assert told["result"]["verdict"]["status"] == "VALID"
     assert told["result"]["verdict"]["rules"]["result"] == "SHORTENED"
+    if name == "tinylm":
+        bits(told)
+    else:
+        assert told["result"]["metrics"]["bits_per_byte"]["reason"] == NO_TEXT
     # One answer changed: another figure, and verify says that the files are not those.
     held_out = {"digits": read_data().held_out, "tinylm": expected().held_out}[name]
     one = next(each for each in entries if each["qsl_idx"] == int(held_out[0]))

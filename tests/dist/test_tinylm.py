@@ -3,6 +3,7 @@ changes what it writes."""
 
 import gzip
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from distbench.models.tinylm import (
     count_matching,
     describe,
     greedy,
+    text_bits,
 )
 from distbench.models.tinylm_data import (
     SHA256,
@@ -137,6 +139,17 @@ def scaled(config, seed=1):
     return net
 
 
+def logits_by_loops(state, codes, config):
+    """Compute the logits after each token of one text, shape (T, vocabulary)."""
+    x = state["embedding.weight"][codes]
+    for layer in range(config.layers):
+        begin = f"layers.{layer}."
+        own = {n.removeprefix(begin): a for n, a in state.items() if n.startswith(begin)}
+        x = one_layer(x, own, config)
+    x = np.array([normed(each, state["norm.weight"], config.norm_eps) for each in x])
+    return x @ state["embedding.weight"].T
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_the_network_is_what_loops_compute(config):
     net = scaled(config)
@@ -145,13 +158,8 @@ def test_the_network_is_what_loops_compute(config):
     with torch.inference_mode():
         logits = net(tokens).numpy()
     for row, codes in enumerate(tokens.tolist()):
-        x = state["embedding.weight"][codes]
-        for layer in range(config.layers):
-            begin = f"layers.{layer}."
-            own = {n.removeprefix(begin): a for n, a in state.items() if n.startswith(begin)}
-            x = one_layer(x, own, config)
-        x = np.array([normed(each, state["norm.weight"], config.norm_eps) for each in x])
-        np.testing.assert_allclose(logits[row], x @ state["embedding.weight"].T, atol=1e-12)
+        told = logits_by_loops(state, codes, config)
+        np.testing.assert_allclose(logits[row], told, atol=1e-12)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -252,6 +260,32 @@ def test_bits_per_byte_counts_every_byte_once(net, text):
     told = bits_per_byte(net, piece, 100, window=300, stride=200)
     assert told == pytest.approx(each[99:].mean().item(), abs=1e-6)
     assert bits_per_byte(net, piece, 100, window=300, stride=7) == pytest.approx(told, abs=1e-4)
+
+
+def test_bits_of_a_text_are_those_of_the_program_of_loops(net, text):
+    piece = text[training_bytes(text) :][:64]
+    exact = build_net(dtype=torch.float64)[0].state_dict()
+    state = {name: array.numpy() for name, array in exact.items()}
+    logits = logits_by_loops(state, list(piece[:-1]), TRAINED)
+    shares = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares /= shares.sum(axis=1, keepdims=True)
+    each = [-math.log2(shares[at - 1, piece[at]]) for at in range(14, 64)]
+    bits, count = text_bits(net, piece, 14, window=64, stride=50)
+    assert (bits, count) == (pytest.approx(math.fsum(each), abs=1e-3), 50)
+
+
+@pytest.mark.parametrize("parts", [1, 3, 100])
+def test_parts_of_a_text_together_are_the_whole(net, text, parts):
+    begin, told = training_bytes(text), []
+    sums = [
+        text_bits(net, text, begin, part=part, parts=parts, tell=lambda: told.append(1))
+        for part in range(parts)
+    ]
+    assert sum(count for _, count in sums) == len(text) - begin == 5468
+    whole = HELD_OUT_BITS * 5468
+    assert math.fsum(bits for bits, _ in sums) == pytest.approx(whole, rel=1e-3)
+    assert len(told) == 86
+    assert sums[-1] == (0.0, 0) or parts < 86
 
 
 def test_the_nets_provenance_is_the_file(net):
@@ -442,6 +476,10 @@ def test_offline_runs_it_and_reports_the_accuracy(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "result.json").read_bytes())
     assert result["metrics"]["accuracy"]["value"] == 1.0
+    found = result["metrics"]["bits_per_byte"]
+    assert found["value"] == pytest.approx(HELD_OUT_BITS, abs=1e-3)
+    assert (found["unit"], found["n"]) == ("bits/byte", 5468)
+    assert "bits per byte    1.36" in done.stdout
     assert not [each for each in result["verdict"]["findings"] if "output" in each["code"]]
 
 

@@ -209,6 +209,7 @@ def _after(rank: int, log: SampleLog, plan: int, started: int, ended: int) -> di
         },
         "outputs": {"groups": 10, "non_finite": 0, "compared": 0, "different": 0},
         "score": {"right": 9.0 + rank % 2, "of": 10.0, "reason": ""},
+        "text": {"bits": 300.0 + rank % 2, "bytes": 200, "reason": ""},
         "exchanges": {},
         "memory_peak_bytes": 100_000_000 + rank % 2 * 60_000_000,
         "gpu_after": None,

@@ -29,6 +29,43 @@ def test_a_ratio_is_formed_within_each_round(common: Any) -> None:
         common.ratios([1], [1, 2])
 
 
+def test_the_interval_of_a_mean_ratio_is_students_on_logarithms(common: Any) -> None:
+    # Of two values 50 % of Student's t lie within 1 standard error: here the factor 2 about 4.
+    assert common.mean_ratio([2, 8], 0.5) == pytest.approx((4, 2, 8))
+    mean, low, high = common.mean_ratio([1.1, 0.9, 1.0, 1.05], 0.99)
+    inverse = common.mean_ratio([1 / 1.1, 1 / 0.9, 1.0, 1 / 1.05], 0.99)
+    assert inverse == pytest.approx((1 / mean, 1 / high, 1 / low))
+
+
+def test_sides_go_first_in_turn_and_only_equal_loads_are_compared(common: Any) -> None:
+    import native
+
+    calls: list[str] = []
+
+    def take(name: str, samples: int) -> Any:
+        return lambda: calls.append(name) or {"samples": samples}
+
+    same = {"native": take("N", 5), "loadgen": take("L", 5)}
+    (told,) = native.in_turn(3, [same])
+    assert "".join(calls) == "NLLNNL" and len(told["native"]) == len(told["loadgen"]) == 3
+    with pytest.raises(SystemExit, match=r"\[5, 6\] samples"):
+        native.in_turn(1, [{"native": take("N", 5), "loadgen": take("L", 6)}])
+
+
+def test_floors_are_each_sides_own_and_one_must_be_within_the_interval(common: Any) -> None:
+    import native
+
+    floors = {"native": [1.0, 2.0], "loadgen": [3.0, 3.0]}
+    left = native.less({"native": [5.0, 6.0], "loadgen": [7.0, 7.0]}, floors, "sleep")
+    assert left == {"native": [4.0, 4.0], "loadgen": [4.0, 4.0]}
+    with pytest.raises(SystemExit, match="shorter than its floor"):
+        native.less(floors, floors, "sleep")
+    assert native.rows_of("p50", left, "s", judged=True)[-1].held is True
+    apart = {"native": [4.0, 4.0], "loadgen": [4.4, 4.4000001]}
+    last = native.rows_of("p50", apart, "s", judged=True)[-1]
+    assert last.held is False and last.values[0] == pytest.approx(0.1, abs=1e-4)
+
+
 def test_cases_run_in_turn(common: Any) -> None:
     calls: list[str] = []
 
@@ -167,13 +204,17 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         (("pacing.py", "--rounds", "2", "--seconds", "0.2"), "echo at 10,000 queries/s"),
         (("peak.py", "--duration", "2s", "--probe", "100ms"), "digits, 2 ranks: time"),
         (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
+        (
+            ("native.py", "--rounds", "1", "--seconds", "1", "--models", "sleep,per_sample=5ms"),
+            "p50 without floor",
+        ),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",
 )
 def test_a_benchmark_runs_from_a_plain_checkout(
     tmp_path: Path, argv: tuple[str, ...], words: str
 ) -> None:
-    if "versus_loadgen.py" in argv:
+    if {"versus_loadgen.py", "native.py"} & set(argv):
         pytest.importorskip("mlperf_loadgen", reason="LoadGen comes with the extra [mlperf]")
     path = tmp_path / "told.json"
     script = [str(BENCHMARKS / each) if each.endswith(".py") else each for each in argv]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from distbench.finish import accuracy_pass, alike, all_finite, check_outputs
+from distbench.finish import accuracy_pass, alike, all_finite, check_outputs, text_pass
 from distbench.sut import FromCallable
 
 NAN, INF = float("nan"), float("inf")
@@ -241,3 +241,54 @@ def test_a_model_without_held_out_samples_says_why(digest, reason):
         sut = Scored(digest=digest, **{missing: None})
         assert accuracy_pass(sut, world, 4) == ({"right": 0, "of": 0, "reason": reason}, {})
     assert accuracy_pass(FromCallable(len), world, 4)[0]["of"] == 0
+
+
+# The text
+
+
+def of_seven(part, parts, tell):
+    """Bytes of 1, 2, ... 7 bits, dealt out in turn."""
+    mine = range(1 + part, 8, parts)
+    for _ in mine:
+        tell()
+    return float(sum(mine)), len(mine)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9])
+def test_every_byte_is_told_once_over_all_ranks(size):
+    pieces = []
+    told = [
+        text_pass(Scored(text_bits=of_seven), world, tell=lambda: pieces.append(1))
+        for world in ranks(size)
+    ]
+    assert sum(each["bits"] for each in told) == 28
+    assert sum(each["bytes"] for each in told) == len(pieces) == 7
+    assert {each["reason"] for each in told} == {""}
+
+
+def test_a_rank_that_follows_tells_nothing_of_its_own():
+    [world] = ranks(1)
+    world.leader = False
+    told = text_pass(Scored(text_bits=of_seven), world)
+    assert told == {"bits": 0, "bytes": 0, "reason": ""}
+
+
+def unsure(_part, _parts, _tell):
+    return INF, 3
+
+
+@pytest.mark.parametrize(
+    ("text_bits", "options", "reason"),
+    [
+        (None, {}, "the system tells no probabilities of a held-out text"),
+        (of_seven, {"scored": True}, "scored in the first window"),
+        (of_seven, {"raised": True}, "the model raised in the window, so what is in flight"),
+        (lambda: 1, {}, "the text was not told on rank 0 (jw2): TypeError("),
+        (unsure, {}, "the text was not told on rank 0 (jw2): ValueError('3 bytes are told in inf"),
+    ],
+)
+def test_a_text_that_is_not_told_says_why(text_bits, options, reason):
+    [world] = ranks(1)
+    told = text_pass(Scored(text_bits=text_bits), world, **options)
+    assert (told["bits"], told["bytes"]) == (0, 0)
+    assert told["reason"].startswith(reason)

@@ -19,8 +19,8 @@ LAYERS = (
     # Records, judgement, wire: numpy only.
     "errors files samples clock loadgen_rng arrivals rounds rules early_stopping gates judged "
     "bounds scenarios load batching cells settings search histogram quantiles student stats "
-    "steady run rank_files shape layout predict stages sharding sums windows times laps pool "
-    "intervals metrics findings checks settled trust pace ruling operations transports fabric "
+    "steady run scores rank_files shape layout predict stages sharding sums windows times laps "
+    "pool intervals metrics findings checks settled trust pace ruling operations transports fabric "
     "fabric_verdict user_conf suite mllog compliance official mlperf_files loadgen_verdict "
     "floor_verdict verdict tried trail scaling report compare conditions launches wire pings "
     "liveness network cli joined waiting frames dispatch loadgen floor driver talk",

@@ -17,6 +17,7 @@ from distbench import files
 from distbench import metrics as m
 from distbench.pool import facts
 from distbench.run import Run
+from distbench.scores import of_first
 from distbench.times import Makespan, RankTimes, makespan, rank_times
 
 from .synthetic import GPU, OFFSET_NS, START_NS, in_memory, leaves
@@ -432,6 +433,40 @@ def test_no_accuracy_has_a_reason(score: Any, reason: str) -> None:
     assert (found["value"], found["n"], found["reason"]) == (None, 0, reason)
 
 
+def test_bits_per_byte_are_summed_then_divided() -> None:
+    def change(ranks):
+        ranks[1].after["text"] = {"bits": 1.5, "bytes": 1, "reason": ""}
+
+    found = figures(in_memory(change=change))["bits_per_byte"]
+    assert (found["value"], found["n"], found["unit"]) == (301.5 / 201, 201, "bits/byte")
+    assert found["definition"].endswith("untimed (301.5/201)")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (None, "a rank left no score"),
+        ({"bits": 0, "bytes": 0, "reason": "none"}, "none"),
+        ({"bits": 0, "bytes": 0, "reason": ""}, "nothing was scored"),
+    ],
+)
+def test_no_bits_per_byte_have_a_reason(text: Any, reason: str) -> None:
+    def change(ranks):
+        ranks[0].after["text"] = {"bits": 0, "bytes": 0, "reason": ""}
+        ranks[1].after["text"] = text
+
+    found = figures(in_memory(change=change))["bits_per_byte"]
+    assert (found["value"], found["n"], found["reason"]) == (None, 0, reason)
+
+
+def test_what_only_the_first_window_scores_stands_above_several() -> None:
+    found = figures(in_memory())
+    scored = {"accuracy": found["accuracy"], "bits_per_byte": found["bits_per_byte"]}
+    assert of_first(found) == scored
+    del found["bits_per_byte"]  # judged by a version that had it not
+    assert of_first(found) == {"accuracy": scored["accuracy"]}
+
+
 def test_memory_is_the_largest_rank_s() -> None:
     found = figures(in_memory())["memory.peak"]
     assert (found["value"], found["unit"], found["n"]) == (160_000_000, "B", 2)
@@ -509,7 +544,8 @@ def test_the_names_of_the_metrics() -> None:
         for label in labels
     ]
     assert list(figures(in_memory(device_ns=5))) == [
-        "throughput", "throughput.steady", *latencies, "accuracy", "memory.peak",
+        "throughput", "throughput.steady", *latencies, "accuracy", "bits_per_byte",
+        "memory.peak",
     ]  # fmt: skip
 
 

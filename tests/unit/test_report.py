@@ -38,6 +38,7 @@ percentiles by LoadGen's rule, sorted[int(n * p)]; batch latency is completion -
 the engine's depth of groups in flight
 
 accuracy         95.00% (19/20 held-out samples)
+bits per byte    1.5025 (400 held-out bytes)
 memory peak      160.0 MB, 2.0% of the device's (resident memory of the process)
 
 rank    host  device  samples  share  samples/s  finish    idle  busy

@@ -244,6 +244,7 @@ def test_an_edited_record_is_named(folder: Path, name: str) -> None:
         (RAW[1], ("plan", "reference_ns"), 999_000_000_000_000, "metrics.throughput.value"),
         (RAW[1], ("exchanges", "1", 1, 1), 7_000_001_000_000, "clock.ranks[1].drift_ppm"),
         (RAW[3], ("score", "right"), 9.0, "metrics.accuracy.value"),
+        (RAW[3], ("text", "bits"), 299.0, "metrics.bits_per_byte.value"),
         (RAW[3], ("quiet", "run_delay_ns"), 0, "harness.run_delay_s[1]"),
         (RAW[2], ("harness", "loop_ns", 1), 1, "harness.cost_per_batch_s"),
         (RAW[2], ("host",), "node-9", "per_rank[1].host"),
