@@ -43,7 +43,7 @@ def environment() -> dict[str, str]:
 def options(qps: float, duration: str, out: Path) -> list[str]:
     """Return the options that all runs share."""
     given = ["--model", "echo", "--target-qps", f"{qps:g}", "--duration", duration]
-    return [*given, "--warmup", "200ms", "--quiet", "--output-dir", str(out)]
+    return [*given, "--device", "cpu", "--warmup", "200ms", "--quiet", "--output-dir", str(out)]
 
 
 def figures(out: Path) -> dict[str, Any]:

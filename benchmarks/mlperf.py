@@ -73,9 +73,13 @@ def dispatched(scenario: str, conf: Path, group: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="mlperf-") as folder:
         options = ["--scenario", scenario.lower(), "--benchmark", "echo", "--user-conf", str(conf)]
         options += ["--rules", "mlperf-v5.0,shortened=1ms", "--max-batch", str(group)]
-        options += ["--warmup", "200ms", "--quiet", "--output-dir", folder]
+        options += ["--device", "cpu", "--warmup", "200ms", "--quiet", "--output-dir", folder]
         argv = [sys.executable, "-m", *torchrun_argv(2, "distbench.mlperf", *options)]
-        subprocess.run(argv, env=environment(), check=True, timeout=120, stdout=-3, stderr=-3)
+        done = subprocess.run(
+            argv, env=environment(), capture_output=True, text=True, check=False, timeout=120
+        )
+        if done.returncode:
+            raise SystemExit(f"{argv} ended with status {done.returncode}: {done.stderr[-2000:]}")
         (made,) = Path(folder).iterdir()
         result = json.loads((made / "result.json").read_text())
         gates = {gate["name"]: gate["passed"] for gate in result["verdict"]["rules"]["gates"]}

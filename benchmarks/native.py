@@ -58,7 +58,7 @@ def run(command: str, *options: str) -> dict[str, float]:
     from tests.support import torchrun_argv
 
     with tempfile.TemporaryDirectory(prefix="native-") as folder:
-        more = (*options, "--warmup", "200ms", "--quiet", "--output-dir", folder)
+        more = (*options, "--device", "cpu", "--warmup", "200ms", "--quiet", "--output-dir", folder)
         argv = [sys.executable, "-m", *torchrun_argv(RANKS, f"distbench.{command}", *more)]
         begin, busy, own = time.monotonic(), busy_s(), own_s()
         done = subprocess.run(
