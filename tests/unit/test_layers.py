@@ -23,7 +23,7 @@ LAYERS = (
     "intervals metrics findings checks settled trust pace ruling operations transports fabric "
     "fabric_verdict user_conf suite official mllog mlperf_files loadgen_verdict "
     "verdict tried trail scaling report compare conditions launches wire pings "
-    "liveness network cli joined waiting frames dispatch loadgen driver talk",
+    "liveness network cli joined waiting frames dispatch loadgen driver drivable talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command parallel shards cuts tensors",
