@@ -15,7 +15,9 @@ from typing import Any
 
 from distbench.errors import UsageError, where
 
-NO_CONDITIONS = {"model", "dtype", "output_dir", "name", "quiet", "strict", "timeout"}
+NO_CONDITIONS = {
+    *("model", "dtype", "output_dir", "name", "quiet", "strict", "timeout", "driver_token"),
+}
 """Options that do not change what is measured; the model's name and dtype stand in ``MODEL``."""
 MODEL = ("name", "digest", "dtype", "total", "depth")
 """What makes it the same model, fed the same way."""
@@ -119,6 +121,8 @@ def conditions(result: dict[str, Any]) -> Conditions:
     run = {"scenario": result["scenario"], "world_size": window["world_size"]}
     run |= {f"model.{name}": window["model"].get(name) for name in MODEL}
     run |= {name: item["value"] for name, item in config.items() if name not in NO_CONDITIONS}
+    if run.get("driver"):  # where it is, and not which port was free
+        run["driver"] = run["driver"].rpartition(":")[0]
     ranks = []
     common = result["environment"]["common"]
     for row, own in zip(result["per_rank"], result["environment"]["ranks"], strict=True):

@@ -265,6 +265,8 @@ class Driver:
         }
 
     def _save(self, window: Window) -> None:
+        if "official" in window.before:
+            window.after["used"] = int(np.count_nonzero(window.log.count))
         with contextlib.suppress(OSError):  # the samples are in their file all the same
             files.write_json(window.folder / "after.json", window.after)
             write_done(window.folder)
@@ -285,9 +287,6 @@ class Driver:
             session.leave()
         after["raised"] = session.raised
         after["quiet"] = disturbed(first, last, after["ended_ns"], after["started_ns"])
-        used = after["used"] = len(session.ids)
-        log.count[:used] = 1
-        log.scheduled[:used] = log.ready[:used] = log.issued[:used]
         after["loadgen"] = told(folder, official)
         here = Path.cwd()
         after["audit_config"] = str(here) if (here / "audit.config").exists() else ""

@@ -141,12 +141,14 @@ class Session:
             return
         stamp, cells, hub = self.now(), self._cells, self.hub
         index, issued, served = cells["index"], cells["issued"], cells["served_by"]
+        scheduled, ready, counts = cells["scheduled"], cells["ready"], cells["count"]
         for at, sample in enumerate(samples, row):
             outstanding = [a - b for a, b in zip(self.sent, self.ended, strict=True)]
             place = choose(outstanding, self.turn)
             self.turn = (place + 1) % replicas
             self.sent[place] += 1
-            index[at], issued[at], served[at] = sample.index, stamp, place
+            index[at], served[at], counts[at] = sample.index, place, 1
+            scheduled[at] = ready[at] = issued[at] = stamp
             self.ids.append(sample.id)
             hub.post(place, at, sample.index)
         hub.flush()
@@ -161,7 +163,8 @@ class Session:
             first, end, place = row + begin, row + begin + len(piece), self.turn
             indices = np.array([each.index for each in piece], "<i8")
             log.index[first:end], log.served_by[first:end] = indices, place
-            log.issued[first:end] = self.now()
+            log.scheduled[first:end] = log.ready[first:end] = log.issued[first:end] = self.now()
+            log.count[first:end] = 1
             self.ids.extend([each.id for each in piece])
             self.sent[place] += len(piece)
             self.hub.post_many(place, first, indices)

@@ -17,7 +17,7 @@ which is what ``verify`` recomputes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -355,7 +355,7 @@ def read_record(path: Path, name: str = "rank.json") -> RankRecord:
         problem = str(error)
     try:
         rows = read_rows(path / "samples.npy", columns)
-        used = int(after["used"]) if after is not None else came(rows, columns)
+        used = int(after["used"]) if after is not None else came(rows, before)
         rows = rows[:used]
         token_ns = _read_tokens(path, before, rows)
     except UsageError as error:
@@ -370,11 +370,15 @@ def _read_tokens(path: Path, before: dict[str, Any], rows: Rows) -> Rows | None:
     return read_rows(path / "tokens.npy", [str(n) for n in range(most)])[: len(rows)]
 
 
-def came(rows: Rows, columns: Sequence[str]) -> int:
-    """Return how many rows of a rank that was killed have a sample.
+def came(rows: Rows, before: Mapping[str, Any]) -> int:
+    """Return how many rows of a rank or a driver that was killed have a sample.
 
-    Under central dispatch those whose query came.
+    Under central dispatch those whose query came; of a driver that LoadGen's samples came from,
+    those that it issued.
     """
-    if "query" not in columns:
-        return len(rows)
-    return int((rows[:, list(columns).index("query")] >= 0).sum())
+    columns = list(before["columns"])
+    if "query" in columns:
+        return int((rows[:, columns.index("query")] >= 0).sum())
+    if "official" in before:
+        return int((rows[:, columns.index("count")] > 0).sum())
+    return len(rows)

@@ -2,10 +2,10 @@
 
     python -m distbench.salvage DIR...
 
-DIR is a result directory, or copies of one brought from several hosts: the folders of ranks that
-the first lacks, or has only in part, are copied into it. Then result.json, report.txt and
-manifest.sha256 are written there. If all folders are whole, so is the report. A result that rests
-on ranks which are not here is never replaced (exit 2). Needs no torch.
+DIR is a result directory, or copies of one brought from several hosts: the folders of ranks, and of
+a driver with LoadGen's logs, that the first lacks, or has only in part, are copied into it. Then
+result.json, report.txt and manifest.sha256 are written there. If all folders are whole, so is the
+report. A result that rests on ranks which are not here is never replaced (exit 2). Needs no torch.
 """
 
 from __future__ import annotations
@@ -88,8 +88,7 @@ def _merge_window(folders: Sequence[Path]) -> Path:
         paths = [*sorted((other / "ranks").glob("[0-9]*")), *other.glob("driver")]
         for path in paths:
             own = target / path.relative_to(other)
-            # What rank 0 could not finish to write for another rank has no done.json.
-            if own.exists() and ((own / "done.json").exists() or not (path / "done.json").exists()):
+            if own.exists() and _worth(path) <= _worth(own):
                 continue
             try:
                 name = "driver.json" if path.name == "driver" else "rank.json"
@@ -99,8 +98,20 @@ def _merge_window(folders: Sequence[Path]) -> Path:
                 continue
             if found != run_id:
                 raise UsageError(f"{path} is of run {found}, {target} of {run_id}: do not mix them")
+            if own.exists() and not (own / "samples.npy").exists():
+                shutil.rmtree(own)  # such as rank 0's note on a driver that it lost
             shutil.copytree(path, own, dirs_exist_ok=True)
+            if path.name == "driver" and (other / "loadgen").is_dir():
+                shutil.copytree(other / "loadgen", target / "loadgen", dirs_exist_ok=True)
     return target
+
+
+def _worth(folder: Path) -> int:
+    """Rank copies of a folder: with samples before without, and then whole before torn.
+
+    What rank 0 could not finish to write for another rank has no done.json.
+    """
+    return 2 * (folder / "samples.npy").exists() + (folder / "done.json").exists()
 
 
 def main(argv: Sequence[str]) -> int:

@@ -160,6 +160,10 @@ def handle(asked: dict[str, Any]) -> None:
         "mark": onhost.mark,
         "marked": onhost.marked,
         "unmark": onhost.unmark,
+        "hide": onhost.hide,
+        "forget": onhost.forget,
+        "tried": onhost.tried,
+        "towards": onhost.towards,
         "write": onhost.write,
         "tree": onhost.tree,
         "read": lambda path: onhost.read(path, lambda piece: send(b"F", pack(number) + piece)),
@@ -251,6 +255,8 @@ def main() -> None:
             with contextlib.suppress(OSError):
                 file.drop()
         clear(GRACE_S)
+        with contextlib.suppress(OSError):
+            onhost.forget([])
         os._exit(0)
 
 

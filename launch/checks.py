@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,8 +44,19 @@ class Host:
 
     @property
     def address(self) -> str:
-        """The address at which ssh reached it."""
+        """The address at which ssh reached it; of a driver's, that on its way to the ranks."""
         return str(self.facts["address"][0])
+
+
+def bracketed(address: str) -> str:
+    """Return an address as it stands before a port: IPv6 in brackets."""
+    return f"[{address}]" if ":" in address else address
+
+
+def shown(host: Host, env: Mapping[str, str], argv: Sequence[str]) -> str:
+    """Return what is started on a host, as it could be typed there."""
+    words = [f"{name}={value}" for name, value in env.items()] + [*argv]
+    return f"{host.name}: cd {shlex.quote(host.facts['folder'])} && {shlex.join(words)}"
 
 
 def at_once(
@@ -132,16 +144,29 @@ def busy(hosts: Sequence[Host], cpu: bool) -> list[str]:
     return problems
 
 
-def reached(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> tuple[int, list[str]]:
+def reached(
+    channels: Sequence[Channel],
+    hosts: Sequence[Host],
+    port: int,
+    drives: Sequence[tuple[Channel, Host]] = (),
+) -> tuple[int, list[str]]:
     """Try whether the hosts reach each other, the first one at the port of the rendezvous.
+
+    Args:
+        channels: to the hosts.
+        hosts: likewise.
+        port: of the rendezvous; 0 for a free one.
+        drives: a host without ranks that the others must reach.
 
     Returns:
         That port, and what went wrong.
     """
     token = secrets.token_hex(16)
+    first = channels[0]
+    channels = [*channels, *(channel for channel, _ in drives)]
     doors, wrong = at_once(
         channels,
-        lambda each: each.ask("listen", ASK_S, token=token, port=port * (each is channels[0])),
+        lambda each: each.ask("listen", ASK_S, token=token, port=port * (each is first)),
     )
     if wrong:
         return 0, [f"{why}: give --master-port another one, or 0 for any" for why in wrong]
@@ -151,6 +176,8 @@ def reached(channels: Sequence[Channel], hosts: Sequence[Host], port: int) -> tu
         for i, j in itertools.permutations(places, 2)
         if len(hosts) <= PAIRS_OF or 0 in (i, j)
     ]
+    pairs += [(i, len(hosts)) for i in places if drives]
+    hosts = [*hosts, *(host for _, host in drives)]
 
     def way(pair: tuple[int, int]) -> str:
         start, end = pair

@@ -111,7 +111,7 @@ def collect(
                 wrong.append(str(error))
         for name, found in copies.items():
             if not _whole(to / name):
-                wrong += _salvage(found)
+                wrong += salvage(found)
     finally:
         shutil.rmtree(spare, ignore_errors=True)
     return [to / name for name in copies], wrong
@@ -124,8 +124,8 @@ def _whole(folder: Path) -> bool:
     return bool(told) and not codes & {"rank-missing", "rank-incomplete"}
 
 
-def _salvage(copies: Sequence[Path]) -> list[str]:
-    """Merge the copies into the first one; returns what went wrong."""
+def salvage(copies: Sequence[Path]) -> list[str]:
+    """Merge the copies of a result into the first one; returns what went wrong."""
     if importlib.util.find_spec("numpy") is None:
         return [f"{copies[0]}: to merge it, `python -m distbench.salvage` needs numpy here"]
     argv = [sys.executable, "-m", "distbench.salvage", *(str(each.absolute()) for each in copies)]

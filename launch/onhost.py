@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 PIECE = 1 << 18
+TOKEN = "token"  # noqa: S105  the name of a file
 held: list[Any] = []
 """Locks that live as long as this process."""
 doors: list[socket.socket] = []
+hidden: dict[Path, bool] = {}
+"""Private folders with a token, and whether the one above was made for it."""
 
 
 def versions() -> dict[str, str]:
@@ -184,6 +187,60 @@ def write(name: str, text: str) -> dict[str, Any]:
         os.fsync(file.fileno())
     part.rename(name)
     return {"path": str(Path(name).absolute())}
+
+
+def hide(folder: str, text: str) -> dict[str, Any]:
+    """Make a private folder with a token in it, which goes at the latest when this process does."""
+    path = Path(folder)
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir(mode=0o700)
+    hidden[path] = made
+    descriptor = os.open(path / TOKEN, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(text)
+    return {}
+
+
+def forget(drop: list[str]) -> dict[str, Any]:
+    """Take every token away, and its folder if nothing else is in it.
+
+    Args:
+        drop: of these folders whatever is in them.
+    """
+    for path, made in hidden.items():
+        with contextlib.suppress(OSError):
+            (path / TOKEN).unlink(missing_ok=True)
+            if str(path) in drop:
+                shutil.rmtree(path)
+            else:
+                path.rmdir()
+            if made:
+                path.parent.rmdir()
+    hidden.clear()
+    return {}
+
+
+def tried(argv: list[str], env: dict[str, str], within_s: float) -> dict[str, Any]:
+    """Run something short to its end; returns its exit status and the last line that it said."""
+    done = subprocess.run(
+        argv,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=within_s,
+        check=False,
+        env={**os.environ, **env},
+    )
+    return {"exit": done.returncode, "said": "".join(done.stderr.strip().splitlines()[-1:])}
+
+
+def towards(address: str) -> dict[str, Any]:
+    """Return this host's address on the way to another; nothing is sent there."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return {"address": probe.getsockname()[0]}
 
 
 def unmark(output: str, name: str) -> dict[str, Any]:

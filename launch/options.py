@@ -13,6 +13,8 @@ from checks import Host
 
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 ENV_FILE = "distbench.env"
+OWN = ("--repeat", "--swap", "--hosts", "--env", "--loadgen-host")
+"""Options that nothing behind the -- has."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Options:
         deploy: first make an environment on every host, and use it.
         wheelhouse: local folder of wheels for it, or None.
         no_index: nothing but these wheels is taken.
+        loadgen_host: has no ranks, and the driver; "" for none.
+        loadgen_python: there.
+        loadgen_dir: there, in which the driver runs.
     """
 
     hosts: tuple[Host, ...]
@@ -50,6 +55,9 @@ class Options:
     deploy: bool = False
     wheelhouse: Path | None = None
     no_index: bool = False
+    loadgen_host: str = ""
+    loadgen_python: str = ""
+    loadgen_dir: str = ""
 
 
 def parser(text: str) -> argparse.ArgumentParser:
@@ -65,6 +73,11 @@ def parser(text: str) -> argparse.ArgumentParser:
     where.add_argument("--hostfile", metavar="FILE", help="the same, a host a line, # comments")
     made.add_argument("--python", default="python3", help="on the hosts (python3)")
     made.add_argument("--dir", default="~", help="on the hosts, to run in (home)")
+    made.add_argument(
+        "--loadgen-host", default="", metavar="H", help="without ranks: a driver runs there"
+    )
+    made.add_argument("--loadgen-python", metavar="PYTHON", help="there (that of --python)")
+    made.add_argument("--loadgen-dir", metavar="DIR", help="there, a clone (that of --dir)")
     made.add_argument("--env", action="append", default=[], metavar="NAME=V", help="of the command")
     made.add_argument("--to", type=Path, default=Path("results"), help="local folder (results)")
     made.add_argument("--master-port", type=int, default=0, metavar="PORT", help="0: a free one")
@@ -101,14 +114,16 @@ def parse(argv: Sequence[str], text: str) -> Options:
     command = tuple(argv[split + 1 :])
     if command and not (command[0] == "-m" or command[0].endswith(".py")):
         made.error(f"behind -- stands -m MODULE or a script.py, not {command[0]!r}")
-    if {"--repeat", "--swap", "--hosts", "--env"} & set(command):
-        made.error("--repeat, --swap, --hosts and --env go before the --: they are the launcher's")
+    misplaced = [word for word in OWN if word in command]
+    if misplaced:
+        made.error(f"{misplaced[0]} goes before the --: it is the launcher's")
     if told.print_env and (command or told.dry_run):
         made.error("--print-env starts nothing: give neither a command nor --dry-run with it")
     check_deploy(made, told)
     if not command and not told.print_env and not told.deploy:
         made.error("say what to run behind --, such as: -- -m distbench.offline --duration 5s")
     hosts = read_hosts(made, told.hosts, told.hostfile)
+    check_loadgen(made, told, command, hosts)
     if told.repeat < 1:
         made.error(f"--repeat {told.repeat}: at least one run")
     if told.swap and (len(hosts) != 2 or told.repeat % 4):
@@ -128,6 +143,9 @@ def parse(argv: Sequence[str], text: str) -> Options:
         deploy=told.deploy,
         wheelhouse=told.wheelhouse,
         no_index=told.no_index,
+        loadgen_host=told.loadgen_host,
+        loadgen_python=told.loadgen_python or told.python,
+        loadgen_dir=told.loadgen_dir or told.dir,
     )
 
 
@@ -146,6 +164,45 @@ def check_deploy(made: argparse.ArgumentParser, told: argparse.Namespace) -> Non
         )
     if told.deploy and told.dry_run:
         made.error("--deploy writes to the hosts: without --dry-run")
+
+
+def check_loadgen(
+    made: argparse.ArgumentParser,
+    told: argparse.Namespace,
+    command: Sequence[str],
+    hosts: Sequence[Host],
+) -> None:
+    """Refuse a driver on a host of its own where the command has no use for it."""
+    name = told.loadgen_host
+    if not name:
+        if told.loadgen_python or told.loadgen_dir:
+            made.error("--loadgen-python and --loadgen-dir are of --loadgen-host: give that too")
+        return
+    if not NAME.fullmatch(name):
+        made.error(f"--loadgen-host {name!r} is no HOST, such as jw1")
+    if name in {host.name for host in hosts}:
+        made.error(
+            f"--loadgen-host {name} has ranks: leave the option out, and rank 0 starts the driver "
+            "on its own host, or name a host that is not among --hosts"
+        )
+    module = command[1] if len(command) > 1 else ""
+    if module != "distbench.mlperf" and (
+        module != "distbench.server" or given(command, "dispatch") != "central"
+    ):
+        made.error(
+            "--loadgen-host is for -m distbench.mlperf and -m distbench.server --dispatch central: "
+            "nothing else has a driver"
+        )
+    if given(command, "driver") or given(command, "driver-token"):
+        made.error(
+            "--driver behind the -- names a driver that was started by hand, --loadgen-host "
+            "starts one: leave out one of the two"
+        )
+    if module == "distbench.mlperf" and given(command, "payload") != "data":
+        made.error(
+            "LoadGen on a host without ranks is MLPerf's Network division, where the samples "
+            "themselves cross the wire: give --payload data behind the --"
+        )
 
 
 def read_hosts(

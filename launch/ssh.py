@@ -5,13 +5,15 @@
     launch/ssh.py --hosts jw2:2,jw3:2 --python '~/distbench/.venv/bin/python' -- -m distbench.server
     launch/ssh.py --hosts jw2,jw3 --repeat 8 --swap -- -m distbench.offline
     launch/ssh.py --hosts jw2,jw3 --deploy -- -m distbench.offline
+    launch/ssh.py --hosts jw2,jw3 --loadgen-host jw1 -- -m distbench.mlperf --payload data
     launch/ssh.py --hosts jw2,jw3 --print-env
 
 Needs OpenSSH and Python's standard library: a clone of the repository is enough (numpy as well, to
 verify the result here). Before anything is started the hosts are looked at, within 15 s: whether
 they can be reached and reach each other, versions, GPUs, disks, the output directory. The first
 host is node 0, so rank 0 is there. stdout is rank 0's; every other line goes to stderr behind
-``[host rank]``. What still runs on a host ends when this program does, however it ends.
+``[host rank]``. What still runs on a host ends when this program does, however it ends. On a
+--loadgen-host, which has no ranks and need have no torch, the driver runs.
 
 Exit status: the run's own (0; 2 usage; 3 under --strict; 6 incomplete), 4 where a check failed,
 1 for anything else that broke, 130 after Ctrl-C.
@@ -30,11 +32,26 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from channel import Channel, Lost, Refused
-from checks import ASK_S, FACTS_S, Host, alike, at_once, busy, locked, reached, shadowed, sharing
+from checks import (
+    ASK_S,
+    FACTS_S,
+    Host,
+    alike,
+    at_once,
+    bracketed,
+    busy,
+    locked,
+    reached,
+    shadowed,
+    sharing,
+    shown,
+)
 from collect import EXIT_STRICT, account, collect, exit_status, names, verified
 from deploy import deploy
+from driving import Away, driving
 from options import ENV_FILE, Options, given, parse
 from streams import PREFIX, Streams, say
 from swapped import told_apart
@@ -59,41 +76,52 @@ class Unfit(Exception):
 
 
 @contextmanager
-def connected(options: Options, streams: Streams) -> Iterator[list[Channel]]:
-    """Connect to all hosts; on leaving, whatever runs there is ended."""
+def connected(options: Options, streams: Streams) -> Iterator[tuple[list[Channel], Away | None]]:
+    """Connect to the hosts and to the one that drives; on leaving, whatever runs there is ended."""
     with ExitStack() as stack:
-        channels = []
+        channels, away = [], None
         for place, host in enumerate(options.hosts):
             take = lambda kind, data, place=place: streams.take(place, kind, data)  # noqa: E731
             channels.append(Channel(host.name, options.python, take))
-        stack.callback(at_once, channels, Channel.close)
-        yield channels
+        every = list(channels)
+        if options.loadgen_host:
+            last = len(options.hosts)
+            away = Away(options, lambda kind, data: streams.take(last, kind, data))
+            every.append(away.channel)
+        stack.callback(at_once, every, Channel.close)
+        yield channels, away
 
 
-def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
-    """Check the hosts; returns them with what they said.
+def looked_at(options: Options, channels: Sequence[Channel], away: Away | None) -> list[Host]:
+    """Check the hosts; returns those with ranks, with what they said.
 
     Raises:
         Unfit: there are problems.
     """
     output = given(options.command, "output-dir", "results")
     make = not (options.dry_run or options.print_env)
-    told, wrong = at_once(
-        channels,
-        lambda each: each.ask("facts", FACTS_S, folder=options.folder, output=output, make=make),
-    )
+
+    def ask(each: Channel) -> dict[str, Any]:
+        ranks = each in channels
+        folder = options.folder if ranks else options.loadgen_dir
+        return each.ask("facts", FACTS_S, folder=folder, output=output, make=make and ranks)
+
+    told, wrong = at_once([*channels, *([away.channel] if away else [])], ask)
     if wrong:
         raise Unfit(*wrong)
     cpu = given(options.command, "device") == "cpu"
     hosts = []
-    for host, facts in zip(options.hosts, told, strict=True):
+    for host, facts in zip(options.hosts, told, strict=False):  # the last may be the driver's
         if not facts["address"]:
             raise Unfit(f"{host.name}: its ssh server sets no SSH_CONNECTION: no address is known")
         count = host.processes or (1 if cpu else max(1, len(facts["gpus"])))
         hosts.append(replace(host, processes=count, facts=facts))
     problems = alike(hosts, options.python) + busy(hosts, cpu)
     problems += shadowed(hosts) if options.deploy else []
-    _, unreached = reached(channels, hosts, options.master_port)
+    lacks = away.look(told[-1], hosts) if away else []
+    drives = [away.pair] if away and not lacks else []
+    problems += lacks
+    _, unreached = reached(channels, hosts, options.master_port, drives)
     if problems + unreached:
         raise Unfit(*problems, *unreached)
     if not make:
@@ -102,8 +130,10 @@ def looked_at(options: Options, channels: Sequence[Channel]) -> list[Host]:
     return [replace(host, shares=each) for host, each in zip(hosts, shares, strict=True)]
 
 
-def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> list[list[str]]:
-    """Return torchrun's argv on each host.
+def lines(
+    options: Options, hosts: Sequence[Host], port: int, run_id: str, more: Sequence[str]
+) -> list[list[str]]:
+    """Return torchrun's argv on each host; ``more`` comes behind the command.
 
     Static rendezvous, so that rank 0 is on the first host; no restarts, because a run that was
     restarted is another run, and its ranks may wait for each other for ever. The stderr of several
@@ -117,6 +147,7 @@ def lines(options: Options, hosts: Sequence[Host], port: int, run_id: str) -> li
             *("--master-addr", hosts[0].address, "--master-port", str(port)),
             *(("--tee", "2") if host.processes > 1 else ()),
             *options.command,
+            *more,
         ]
         for node, host in enumerate(hosts)
     ]
@@ -167,9 +198,11 @@ def stop(channels: Sequence[Channel]) -> None:
     at_once([each for each in channels if not each.lost], lambda c: c.ask("stop", 30, grace_s=12))
 
 
-def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> int:
+def launch(
+    options: Options, channels: Sequence[Channel], away: Away | None, streams: Streams
+) -> int:
     """Check, then run and collect as often as asked; returns the exit status."""
-    hosts = looked_at(options, channels)
+    hosts = looked_at(options, channels, away)
     if options.print_env:
         return write_env(options, channels, hosts)
     if not options.dry_run:
@@ -188,7 +221,7 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
             shares = (False, hosts[-1].shares)
             nodes = [replace(hosts[i], shares=shares[node]) for node, i in enumerate(order)]
         streams.seat(order, [host.processes for host in nodes])
-        status, folders = one_run(options, [channels[i] for i in order], nodes, streams)
+        status, folders = one_run(options, [channels[i] for i in order], nodes, away, streams)
         results += folders
         worst = worst or status
         if status not in GO_ON:
@@ -200,20 +233,38 @@ def launch(options: Options, channels: Sequence[Channel], streams: Streams) -> i
 
 
 def one_run(
-    options: Options, channels: Sequence[Channel], hosts: Sequence[Host], streams: Streams
+    options: Options,
+    channels: Sequence[Channel],
+    hosts: Sequence[Host],
+    away: Away | None,
+    streams: Streams,
 ) -> tuple[int, list[Path]]:
     """Run once and collect; returns the exit status and the local result directories."""
-    port, unreached = reached(channels, hosts, options.master_port)
+    drives = [away.pair] if away else []
+    port, unreached = reached(channels, hosts, options.master_port, drives)
     if unreached:
         raise Unfit(*unreached)
     run_id = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    argvs = lines(options, hosts, port, run_id)
     env = {**(PREFIX if any(host.processes > 1 for host in hosts) else {}), **options.env}
-    for host, argv in zip(hosts, argvs, strict=True):
-        words = [f"{name}={value}" for name, value in env.items()] + argv
-        say(f"{host.name}: cd {shlex.quote(host.facts['folder'])} && {shlex.join(words)}")
-    if options.dry_run:
-        return 0, []
+    with driving(away, channels[0], hosts[0], run_id, options.dry_run) as more:
+        argvs = lines(options, hosts, port, run_id, more)
+        for host, argv in zip(hosts, argvs, strict=True):
+            say(shown(host, env, argv))
+        if options.dry_run:
+            return 0, []
+        return ran(options, channels, hosts, away, streams, argvs, env)
+
+
+def ran(
+    options: Options,
+    channels: Sequence[Channel],
+    hosts: Sequence[Host],
+    away: Away | None,
+    streams: Streams,
+    argvs: Sequence[list[str]],
+    env: dict[str, str],
+) -> tuple[int, list[Path]]:
+    """Run the command, end what is left of it, collect and tell; returns as ``one_run`` does."""
     before = [names(channels[node], host.facts["output"]) for node, host in enumerate(hosts)]
     cut = False
     try:
@@ -222,8 +273,11 @@ def one_run(
         say("interrupted: what runs on the hosts is ended")
         stop(channels)
         codes, cut = {host.name: 1 for host in hosts}, True
+    if away:
+        away.end()
     streams.end()
     folders, wrong = collect(channels, hosts, before, options.to)
+    wrong += away.bring(folders) if away else []
     for sentence in wrong:
         say(sentence)
     for folder in folders:
@@ -239,11 +293,6 @@ def one_run(
         kept = "" if folders else "; nothing was recorded"
         say(f"exit status {status}: {MEANING.get(status, 'it broke')}{kept}")
     return status, folders
-
-
-def bracketed(address: str) -> str:
-    """Return an address as it stands before a port: IPv6 in brackets."""
-    return f"[{address}]" if ":" in address else address
 
 
 def write_env(options: Options, channels: Sequence[Channel], hosts: Sequence[Host]) -> int:
@@ -294,14 +343,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, interrupted)
-    streams = Streams(options.hosts)
+    driver = [Host(f"{options.loadgen_host} driver", 0)] if options.loadgen_host else []
+    streams = Streams([*options.hosts, *driver])
     try:
         try:
             options.to.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise Unfit(f"--to {options.to}: {error.strerror}: name another folder") from error
         if options.deploy:
-            with connected(options, streams) as channels:
+            with connected(options, streams) as (channels, _):
                 python, wrong = deploy(
                     channels, options.python, options.wheelhouse, options.no_index
                 )
@@ -311,8 +361,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options = replace(options, python=python)
         if not options.command and not options.print_env:
             return 0
-        with connected(options, streams) as channels:
-            return launch(options, channels, streams)
+        with connected(options, streams) as (channels, away):
+            return launch(options, channels, away, streams)
     except Unfit as problems:
         for sentence in problems.args:
             say(sentence)

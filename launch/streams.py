@@ -11,8 +11,10 @@ from collections.abc import Sequence
 
 from checks import Host
 
-OWN = re.compile(rb"^distbench: (?!rank \d+ completed)(.+)|(No module named (?:'[^']*'|[\w.]+))")
-"""Not its lines of progress."""
+OWN = re.compile(
+    rb"^distbench: (?!rank \d+ completed|driver listens)(.+)|(No module named (?:'[^']*'|[\w.]+))"
+)
+"""Not its lines of progress, nor where a driver listens."""
 OF_RANK = re.compile(rb"\[r(\d+)\]:")
 PREFIX = {"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[r${rank}]:"}
 """What torchrun shall put before the stderr of each of several ranks, for ``OF_RANK`` to read."""

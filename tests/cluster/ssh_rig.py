@@ -216,7 +216,7 @@ def _serve(made: SshHosts, name: str) -> subprocess.Popen[Any]:
     address = made.hosts.address(number)
     config = folder / f"{name}.sshd"
     config.write_text(
-        f"ListenAddress {address}\nHostKey {folder / name}\nPidFile none\nUsePAM no\n"
+        f"HostKey {folder / name}\nPidFile none\nUsePAM no\n"
         f"AuthorizedKeysFile {folder / 'id.pub'}\nStrictModes no\nPasswordAuthentication no\n"
         "KbdInteractiveAuthentication no\nPermitRootLogin prohibit-password\nMaxStartups 50\n"
     )

@@ -8,6 +8,9 @@ import pytest
 from options import given, parse
 
 RUN = ("--", "-m", "distbench.offline")
+MLPERF = ("--", "-m", "distbench.mlperf", "--payload", "data")
+SERVER = ("--", "-m", "distbench.server")
+AWAY = ("--hosts", "jw2", "--loadgen-host", "jw1")
 
 
 def test_hosts_env_and_command_are_read() -> None:
@@ -45,6 +48,19 @@ def test_a_hostfile_is_the_same(tmp_path: Path) -> None:
         (["--hosts", "jw2", "--", "distbench.offline"], "not 'distbench.offline'"),
         (["--hosts", "jw2", *RUN, "--repeat", "2"], "before the --"),
         (["--hosts", "jw2", "--print-env", *RUN], "--print-env starts nothing"),
+        (["--hosts", "jw2", *RUN, "--loadgen-host", "jw1"], "--loadgen-host goes before the --"),
+        (["--hosts", "jw2", "--loadgen-host", "-x", *MLPERF], "expected one argument"),
+        (["--hosts", "jw2", "--loadgen-host", "a b", *MLPERF], "'a b' is no HOST"),
+        (["--hosts", "jw1,jw2", "--loadgen-host", "jw1", *MLPERF], "jw1 has ranks: leave the opt"),
+        (["--hosts", "jw2", "--loadgen-host", "jw1", *RUN], "is for -m distbench.mlperf and"),
+        (["--hosts", "jw2", "--loadgen-host", "jw1", *SERVER], "is for -m distbench.mlperf and"),
+        (["--hosts", "jw2", "--loadgen-host", "jw1", "--deploy"], "is for -m distbench.mlperf and"),
+        (["--hosts", "jw2", "--loadgen-host", "jw1", "--print-env"], "is for -m distbench.mlperf"),
+        ([*AWAY, *MLPERF, "--driver", "a:1"], "leave out one of the two"),
+        ([*AWAY, *MLPERF, "--driver_token=t"], "leave out one of the two"),
+        ([*AWAY, *MLPERF[:-2]], "give --payload data"),
+        ([*AWAY, *MLPERF, "--payload=index"], "give --payload data"),
+        (["--hosts", "jw2", "--loadgen-dir", "x", *MLPERF], "are of --loadgen-host"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_sentence(
@@ -54,6 +70,18 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(
         parse(argv, "")
     assert stop.value.code == 2
     assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [MLPERF, (*SERVER, "--dispatch=central")])
+def test_a_host_that_drives_has_the_others_python_and_folder_unless_told(
+    command: tuple[str, ...],
+) -> None:
+    given = ["--hosts", "jw2,jw3", "--python", "py", "--dir", "d", "--loadgen-host", "me@jw1"]
+    made = parse([*given, *command], "")
+    assert (made.loadgen_host, made.loadgen_python, made.loadgen_dir) == ("me@jw1", "py", "d")
+    made = parse([*given, "--loadgen-python", "own", "--loadgen-dir", "clone", *command], "")
+    assert (made.loadgen_python, made.loadgen_dir, made.python) == ("own", "clone", "py")
+    assert made.command == command[1:]
 
 
 def test_options_of_the_command_are_read_as_distbench_reads_them() -> None:

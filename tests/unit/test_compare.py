@@ -497,6 +497,24 @@ def test_two_ranks_of_one_host_are_two():
     ]
 
 
+def test_a_driver_is_another_where_its_host_is_and_not_where_its_port_is():
+    def driven(address: str, token: str) -> Change:
+        def change(result: dict[str, Any]) -> None:
+            for name, value in (("driver", address), ("driver_token", token)):
+                result["config"][name] = {"value": value, "origin": "command line"}
+
+        return change
+
+    (a,) = launches((1.0,), change=driven("10.0.0.1:40001", "t1"))
+    (b,) = launches((1.0,), "b", change=driven("10.0.0.1:40002", "t2"))
+    (c,) = launches((1.0,), "c", change=driven("10.0.0.2:40001", "t1"))
+    (d,) = launches((1.0,), "d", change=driven("", ""))
+    assert differences(conditions(a), conditions(b)) == []
+    for other, shown in ((c, "10.0.0.2"), (d, "unset")):
+        (found,) = differences(conditions(a), conditions(other))
+        assert (found.name, found.base, found.new) == ("driver", "10.0.0.1", shown)
+
+
 def test_ranks_of_one_host_are_paired_in_order():
     def one_host(result: dict[str, Any]) -> None:
         for row, own in zip(result["per_rank"], result["environment"]["ranks"], strict=True):

@@ -15,7 +15,7 @@ from distbench.bounds import parse_bounds
 from distbench.clock import ClockModel, Exchange
 from distbench.joined import joined, official, to_peer
 from distbench.pool import series, within
-from distbench.run import RankRecord, Run, load_run
+from distbench.run import RankRecord, Run, came, load_run
 from distbench.salvage import merge
 from distbench.samples import PENDING
 
@@ -284,6 +284,42 @@ def test_salvage_takes_what_a_driver_left_alone(tmp_path: Path) -> None:
     shutil.rmtree(other / "ranks")
     merge([one, other])
     assert load_run(one).result()["verdict"]["status"] == "VALID"
+
+
+def test_salvage_takes_the_drivers_own_folder_for_rank_0s_note_of_its_loss(tmp_path: Path) -> None:
+    """And LoadGen's logs beside it; one that was killed has neither after.json nor done.json."""
+    one, other = (store(tmp_path / name, dispatched()) for name in ("a", "b"))
+    (one / "driver" / "samples.npy").unlink()
+    for name in ("after.json", "done.json"):
+        (other / "driver" / name).unlink()
+    shutil.rmtree(other / "ranks")
+    (other / "loadgen").mkdir()
+    (other / "loadgen" / "mlperf_log_detail.txt").write_text("torn")
+    merge([one, other])
+    names = sorted(path.name for path in (one / "driver").iterdir())
+    assert names == ["driver.json", "samples.npy"], "nothing of the note is left beside them"
+    assert (one / "loadgen" / "mlperf_log_detail.txt").read_text() == "torn"
+    found = load_run(one).result()
+    assert found["verdict"]["status"] == "INCOMPLETE"
+    assert found["metrics"]["latency.p50"]["value"] == pytest.approx(500e-6)
+    (code,) = {f["code"] for f in found["verdict"]["findings"] if f["level"] == "incomplete"}
+    assert code == "driver-incomplete"
+
+
+def test_salvage_keeps_a_driver_folder_that_is_worth_more(tmp_path: Path) -> None:
+    one, other = (store(tmp_path / name, dispatched()) for name in ("a", "b"))
+    (other / "driver" / "done.json").unlink()
+    (other / "driver" / "samples.npy").write_bytes(b"")
+    merge([one, other])
+    assert load_run(one).result()["verdict"]["status"] == "VALID"
+
+
+def test_a_killed_driver_of_loadgen_has_the_rows_that_it_issued() -> None:
+    rows = np.zeros((9, 2), np.int64)
+    rows[:4, 1] = 1
+    columns = ["index", "count"]
+    assert came(rows, {"columns": columns, "official": {}}) == 4
+    assert came(rows, {"columns": columns}) == 9, "of a schedule all are due"
 
 
 def test_a_rank_that_was_killed_has_the_rows_that_came(tmp_path: Path) -> None:

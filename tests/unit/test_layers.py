@@ -23,7 +23,7 @@ LAYERS = (
     "pool intervals metrics findings checks settled trust pace ruling operations transports fabric "
     "fabric_verdict user_conf suite mllog compliance official mlperf_files loadgen_verdict "
     "floor_verdict verdict tried trail scaling report compare conditions launches wire pings "
-    "liveness network cli joined waiting frames dispatch loadgen floor driver talk",
+    "liveness network cli joined waiting frames dispatch loadgen floor driver drivable talk",
     # The machine; torch.
     "world seating start sut environment gpus models engines prepare harness record preamble "
     "readiness finish probe nvml window peak command parallel shards cuts tensors",

@@ -43,6 +43,8 @@ from distbench.frames import (
 from distbench.loadgen import PIECE, Session, check_installed
 from distbench.mllog import parse_detail
 from distbench.official import Official, settled
+from distbench.pool import series
+from distbench.run import read_record
 from distbench.samples import FAILED, SampleLog
 from distbench.spawn import start_driver
 from distbench.talk import hear, tell
@@ -244,6 +246,14 @@ def test_a_send_that_fails_inside_loadgens_callback_is_told_and_not_raised() -> 
     assert [str(each) for each in told] == ["the link to rank 1 (jw3) broke"]
 
 
+def assert_issued(log: SampleLog, count: int) -> None:
+    """A row is whole once it is issued: nothing may come after, where a rank is lost."""
+    assert np.count_nonzero(log.count) == count and (log.count[:count] == 1).all()
+    assert (log.issued[:count] > 0).all() and not log.issued[count:].any()
+    for other in (log.scheduled, log.ready):
+        assert (other[:count] == log.issued[:count]).all()
+
+
 @pytest.mark.parametrize("count", [129, 1_000, 196_608, 524_289])
 def test_offlines_samples_are_dealt_out_evenly(count: int) -> None:
     got = [0, 0]
@@ -263,6 +273,7 @@ def test_offlines_samples_are_dealt_out_evenly(count: int) -> None:
     sample = type("Sample", (), {"id": 1, "index": 0})()
     session.issue([sample] * count)
     assert sum(got) == count and max(got) - min(got) <= -(-count // (2 * PIECE))
+    assert_issued(log, count)
 
 
 def test_a_sample_that_failed_is_completed_for_loadgen_and_kept_as_failed(ranks: Ranks) -> None:
@@ -346,6 +357,8 @@ def test_a_rank_that_hangs_ends_with_rank_0s_link(ranks: Ranks) -> None:
     assert ranks.process.wait(10) == 6
     kept = json.loads((ranks.out / "run" / "driver" / "after.json").read_text())
     assert "ended in the window" in kept["end"]["sentence"]
+    rows = np.load(ranks.out / "run" / "driver" / "samples.npy", mmap_mode="r")
+    assert 0 < kept["used"] == np.count_nonzero(rows[:, COLUMNS.index("count")])
 
 
 def test_a_driver_that_is_terminated_leaves_what_it_has(ranks: Ranks) -> None:
@@ -354,8 +367,10 @@ def test_a_driver_that_is_terminated_leaves_what_it_has(ranks: Ranks) -> None:
     ranks.serve(until_s=1.0)
     ranks.process.terminate()
     assert ranks.process.wait(10) == -signal.SIGTERM
-    rows = np.load(ranks.out / "run" / "driver" / "samples.npy", mmap_mode="r")
-    assert (rows > 0).any()
+    left = read_record(ranks.out / "run" / "driver", "driver.json")
+    assert left.after is None and left.rows is not None
+    assert len(left.rows) > 100 and (left.column("issued") > 0).all()
+    assert len(series(left, "latency")) == (left.column("completed") >= 0).sum() > 50
     assert (ranks.out / "run" / "loadgen" / "mlperf_log_detail.txt").stat().st_size
 
 
@@ -430,6 +445,7 @@ def test_neighbours_that_ended_together() -> None:
     session.take(0, [(DONES, 0, 3, b"")])
     session.take(0, [(DONES, 3, 2, packed([b"a", b""]))])
     assert [each for each, _ in told.done] == [100, 101, 102, 103, 104]
+    assert_issued(session.log, 6)
     assert session.ended == [5]
     for first, count, said in ((4, 1, "a second time"), (5, 2, "not given"), (-1, 2, "not given")):
         with pytest.raises(DriverEnded, match=said):
