@@ -342,7 +342,8 @@ class Channel:
             if problem:
                 with self._changed:
                     self._files[number] = file, -1
-                    self._answers[number] = {"error": problem}
+                    # The first one counts: of a disk that is full all later pieces are too long.
+                    self._answers.setdefault(number, {"error": problem})
                     self._changed.notify_all()
         elif kind == b"J":
             found = json.loads(payload)
