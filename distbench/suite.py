@@ -36,6 +36,8 @@ class Benchmark:
         tokens: or Server's limits on TTFT and TPOT.
         interactive: limits of its interactive variant.
         why_unscored: "" or why there is no accuracy mode.
+        inputs: data type of its samples; "" for none.
+        weights: file that the model's weights come from; "" for none.
     """
 
     name: str
@@ -47,6 +49,8 @@ class Benchmark:
     tokens: Tokens | None = None
     interactive: Tokens | None = None
     why_unscored: str = ""
+    inputs: str = ""
+    weights: str = ""
 
 
 BENCHMARKS = {
@@ -55,16 +59,17 @@ BENCHMARKS = {
         Benchmark(
             "digits", "digits", "distbench.models.digits_data",
             metric="top-1 of the 360 images that no training step has seen", target=0.98,
-            latency_ns=15 * MS,
+            latency_ns=15 * MS, inputs="uint8", weights="distbench/models/digits_w32.npz",
         ),
         Benchmark(
             "tinylm", "tinylm", "distbench.models.tinylm_data",
             metric="tokens that are the reference's, place by place", target=0.99,
             tokens=Tokens(500 * MS, 50 * MS), interactive=Tokens(200 * MS, 25 * MS),
+            inputs="uint8", weights="distbench/models/tinylm_w64.npz",
         ),
         Benchmark(
             "resnet50", "resnet50,samples=1024", "distbench.models.classes",
-            why_unscored="its images are noise and its weights random ones",
+            why_unscored="its images are noise and its weights random ones", inputs="uint8",
         ),
         Benchmark(
             "echo", "echo", "", latency_ns=15 * MS,

@@ -13,6 +13,7 @@ from distbench.errors import UsageError
 from distbench.models.digits_data import read_data
 from distbench.models.tinylm_data import draw_samples, read_expected, read_text
 from distbench.run import load_run
+from distbench.submission import main as submission
 from distbench.verify import verify
 from tests.support import run_ranks, torchrun
 
@@ -254,3 +255,32 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     result = json.loads((folder / "result.json").read_text())
     agree("server", "digits", {"result": result, "folder": folder}, 2)
+
+
+@pytest.mark.slow
+def test_runs_become_a_submission_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [
+        run(tmp_path / mode, 2, "offline", "digits", mode=mode)["folder"]
+        for mode in ("performance", "accuracy")
+    ]
+    tree = tmp_path / "tree"
+    argv = ("--submitter", "acme", "--system", "two", "--to", str(tree))
+    assert submission([*argv, *folders]) == 0
+    place = tree / "open/acme/results/two/digits/Offline"
+    found = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
+    assert found == {
+        *(f"{part}/mlperf_log_{name}.txt" for part in ("performance/run_1", "accuracy")
+          for name in ("summary", "detail")),
+        "accuracy/accuracy.txt", "accuracy/mlperf_log_accuracy.json",
+    }  # fmt: skip
+    for folder, part in zip(folders, ("performance/run_1", "accuracy"), strict=True):
+        for name in ("mlperf_log_summary.txt", "mlperf_log_detail.txt"):
+            assert (place / part / name).read_bytes() == (
+                Path(folder) / "loadgen" / name
+            ).read_bytes()
+    assert (place / "accuracy/accuracy.txt").read_text().startswith("accuracy=100.000000%, good=360")
+    conf = tree / "open/acme/measurements/two/digits/Offline/user.conf"
+    assert conf.read_bytes() == (Path(folders[0]) / "loadgen/user.conf").read_bytes()
+    told = capsys.readouterr().out
+    assert '"Test duration less than 600s in user config. expected=600000, found=1000"' in told
+    assert "Encountered invalid line" not in told and "contains errors" not in told
