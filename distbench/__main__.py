@@ -17,6 +17,7 @@ COMMANDS = {
     "plan": "before a run: how many queries, how long, what could not be VALID",
     "audit": "MLCommons' compliance tests, judged from the runs that LoadGen drove",
     "verify": "recompute every figure of a result directory and check every hash",
+    "submission": "lay runs of LoadGen's out in the format of MLPerf's submission checker",
     "salvage": "make a report from whatever rank folders are left",
     "compare": "launches of one thing against launches of another: faster, slower, undecided",
     "baseline": "record launches, and hold later ones against them",

@@ -15,7 +15,7 @@ Exit status: 0 all passed; 1 something failed, or could not be told; 2 the runs 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,9 @@ class Audited:
 
     path: Path
     run: Run
-    result: dict[str, Any]
-    official: dict[str, Any]
-    keys: dict[str, Any]
+    result: Mapping[str, Any]
+    official: Mapping[str, Any]
+    keys: Mapping[str, Any]
 
     @property
     def loadgen(self) -> Path:
@@ -146,7 +146,7 @@ def by_role(runs: Sequence[Audited]) -> dict[str, Audited]:
 
 
 def _unlike(first: Audited, other: Audited) -> list[Difference]:
-    found = differences(conditions(first.result), conditions(other.result))
+    found = differences(conditions(dict(first.result)), conditions(dict(other.result)))
     asked = [
         Difference(name, str(first.official[name]), str(other.official[name]))
         for name in ASKED
@@ -223,7 +223,7 @@ def _timed(run: Audited) -> Timed:
     return Timed(rate, driver.column("index")[good], latency_ns)
 
 
-def lines(judgements: Sequence[Judgement], official: dict[str, Any]) -> list[str]:
+def lines(judgements: Sequence[Judgement], official: Mapping[str, Any]) -> list[str]:
     """Lay out what came of the tests."""
     out = [
         f"{official['benchmark']}, {official['scenario']}, {official['round']}: compliance, "

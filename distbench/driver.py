@@ -268,6 +268,7 @@ class Driver:
         if "official" in window.before:
             window.after["used"] = int(np.count_nonzero(window.log.count))
         with contextlib.suppress(OSError):  # the samples are in their file all the same
+            window.log.freeze()  # after an early end LoadGen's thread goes on: what is hashed stays
             files.write_json(window.folder / "after.json", window.after)
             write_done(window.folder)
 

@@ -164,6 +164,31 @@ def _cpu_cores() -> int:
     return int(_known(len({file.read_text() for file in siblings}) or None, "no topology in /sys"))
 
 
+def _cpu_sockets() -> int:
+    packages = (_SYS / "devices/system/cpu").glob("cpu[0-9]*/topology/physical_package_id")
+    found = {text for text in (file.read_text().strip() for file in packages) if text != "-1"}
+    return int(_known(len(found) or None, "no topology in /sys"))
+
+
+def _cpu_max_hz() -> int:
+    file = _SYS / "devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"
+    try:
+        return int(file.read_text()) * 1000
+    except OSError:
+        raise _UnknownError("no cpufreq here, as in most virtual machines") from None
+
+
+def _cpu_caches() -> str:
+    """Return the caches of one processor, e.g. "L1 Data 32K, L2 Unified 512K"."""
+    found = []
+    for cache in sorted((_SYS / "devices/system/cpu/cpu0/cache").glob("index[0-9]*")):
+        level, kind, size = (
+            (cache / name).read_text().strip() for name in ("level", "type", "size")
+        )
+        found.append(f"L{level} {kind} {size}")
+    return str(_known(", ".join(found), "no caches in /sys"))
+
+
 def _affinity() -> str:
     """Return the processors this process may use, e.g. "0-7,16"."""
     spans: list[list[int]] = []
@@ -287,6 +312,9 @@ _FIELDS: dict[str, Callable[[], Any]] = {
     "cpu_model": _cpu_model,
     "cpu_cores": _cpu_cores,
     "cpu_threads": os.cpu_count,
+    "cpu_sockets": _cpu_sockets,
+    "cpu_max_hz": _cpu_max_hz,
+    "cpu_caches": _cpu_caches,
     "cpu_affinity": _affinity,
     "cpu_governor": _governor,
     "cgroup_cpu_max": lambda: _cgroup("cpu.max"),

@@ -156,9 +156,22 @@ class Channel:
             if left <= 0 or not select.select([], [self.connection], [], left)[1]:
                 raise ChannelLost(f"{self.name} did not read for {within_s:.0f} s")
 
-    def await_frames(self) -> list[Frame]:
-        """Wait for frames for ``WAIT_S`` at most, and return them; raises what ``read`` does."""
-        return self.read(0)
+    def await_frames(self, within_s: float = WAIT_S) -> list[Frame]:
+        """Wait for frames, and return them; what was posted before and not taken goes meanwhile.
+
+        Args:
+            within_s: for so long at most; none is an empty list.
+
+        Raises:
+            ChannelLost: as ``read`` and ``flush``.
+        """
+        if self.flush() and within_s == WAIT_S:
+            return self.read(0)  # one system call, in which the other end's word comes soonest
+        writing = [self.connection] if self._unsent else []
+        readable, writable, _ = select.select([self.connection], writing, [], within_s)
+        if writable:
+            self.flush()
+        return self.read() if readable else []
 
     def read(self, flags: int = socket.MSG_DONTWAIT) -> list[Frame]:
         """Return the frames that have arrived since the last call; none is an empty list.

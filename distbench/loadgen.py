@@ -147,8 +147,9 @@ class Session:
             place = choose(outstanding, self.turn)
             self.turn = (place + 1) % replicas
             self.sent[place] += 1
-            index[at], served[at], counts[at] = sample.index, place, 1
+            index[at], served[at] = sample.index, place
             scheduled[at] = ready[at] = issued[at] = stamp
+            counts[at] = 1  # last: a row that has it is whole
             self.ids.append(sample.id)
             hub.post(place, at, sample.index)
         hub.flush()

@@ -265,7 +265,7 @@ def rules_section(run: Run, gates: Sequence[Gate], facts: Sequence[Finding]) -> 
     assert official is not None
     broken = any(each.level in ("invalid", "incomplete") for each in facts)
     audit = official.get("audit", "")
-    word = "AUDIT" if audit else "SHORTENED" if official["shortened"] else "VALID"
+    word = "SHORTENED" if official["shortened"] else "AUDIT" if audit else "VALID"
     passed = bool(gates) and all(gate.passed for gate in gates) and not broken
     return {
         "set": official["round"],

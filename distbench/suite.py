@@ -38,6 +38,8 @@ class Benchmark:
         dtype: numpy's name of a token's type in an answer; "" of a model without tokens.
         end: the token that ends a text; None where the model has none.
         why_unscored: "" or why there is no accuracy mode.
+        inputs: data type of its samples; "" for none.
+        weights: file that the model's weights come from; "" for none.
     """
 
     name: str
@@ -51,6 +53,8 @@ class Benchmark:
     dtype: str = ""
     end: int | None = None
     why_unscored: str = ""
+    inputs: str = ""
+    weights: str = ""
 
 
 BENCHMARKS = {
@@ -59,17 +63,18 @@ BENCHMARKS = {
         Benchmark(
             "digits", "digits", "distbench.models.digits_data",
             metric="top-1 of the 360 images that no training step has seen", target=0.98,
-            latency_ns=15 * MS,
+            latency_ns=15 * MS, inputs="uint8", weights="distbench/models/digits_w32.npz",
         ),
         Benchmark(
             "tinylm", "tinylm", "distbench.models.tinylm_data",
             metric="tokens that are the reference's, place by place", target=0.99,
             tokens=Tokens(500 * MS, 50 * MS), interactive=Tokens(200 * MS, 25 * MS),
             dtype="u1",
+            inputs="uint8", weights="distbench/models/tinylm_w64.npz",
         ),
         Benchmark(
             "resnet50", "resnet50,samples=1024", "distbench.models.classes",
-            why_unscored="its images are noise and its weights random ones",
+            why_unscored="its images are noise and its weights random ones", inputs="uint8",
         ),
         Benchmark(
             "echo", "echo", "", latency_ns=15 * MS,

@@ -37,6 +37,7 @@ from distbench.frames import (
     RAISED,
     SILENCE_S,
     UNLOAD,
+    WAIT_S,
     WHOLE,
     Channel,
     ChannelLost,
@@ -90,15 +91,15 @@ class Inbox:
         """Forget how long nothing was heard before the window."""
         self.channel.heard = time.monotonic()
 
-    def read(self, since_ns: int | None = None, *, wait: bool = False) -> None:
+    def read(self, since_ns: int | None = None, wait_s: float = 0.0) -> None:
         """Take what has arrived.
 
         Args:
             since_ns: when it can have come at the earliest; None: now.
-            wait: for something to arrive, for ``frames.WAIT_S`` at most.
+            wait_s: for something to arrive, so long at most; 0 does not wait.
         """
         try:
-            frames = self.channel.await_frames() if wait else self.channel.read()
+            frames = self.channel.await_frames(wait_s) if wait_s else self.channel.read()
             if not frames:
                 if self.channel.silent(time.monotonic()):
                     raise ChannelLost(f"nothing was heard from it for {SILENCE_S:.0f} s")
@@ -135,11 +136,10 @@ class Inbox:
     def wait(self, until_ns: int) -> None:
         """Wait for what arrives, until an instant at most, and take it."""
         if until_ns == FOREVER:
-            self.read(wait=True)
+            self.read(wait_s=WAIT_S)
             return
-        left = min(until_ns - self.now() - SPIN_NS, 1_000_000_000)
-        select.select((self.channel,), (), (), max(0, left) / 1e9)
-        self.read()
+        left_s = (until_ns - self.now() - SPIN_NS) / 1e9
+        self.read(wait_s=max(0.0, min(left_s, WAIT_S / 2)))
 
 
 def worker_loop(
@@ -304,7 +304,7 @@ def _leave(channel: Channel, inbox: Inbox, code: int) -> None:
     except ChannelLost as error:
         inbox.problem = inbox.problem or str(error)
     while not inbox.over:
-        inbox.read(wait=True)
+        inbox.read(wait_s=WAIT_S)
 
 
 def await_word(channel: Channel, within_s: float) -> bytes:

@@ -160,6 +160,13 @@ def test_files_of_the_kernel_are_read(torch, monkeypatch, tmp_path):
         (cpu / f"cpu{number}/topology/thread_siblings_list").write_text(siblings)
         governor = "powersave\n" if number == 1 else "performance\n"
         (cpu / f"cpu{number}/cpufreq/scaling_governor").write_text(governor)
+        package = "-1\n" if number == 2 else f"{number}\n"  # what an offline processor may say
+        (cpu / f"cpu{number}/topology/physical_package_id").write_text(package)
+    (cpu / "cpu0/cpufreq/cpuinfo_max_freq").write_text("3900000\n")
+    for number, texts in enumerate((("1", "Data", "32K"), ("3", "Unified", "35M"))):
+        (cpu / f"cpu0/cache/index{number}").mkdir(parents=True)
+        for name, text in zip(("level", "type", "size"), texts, strict=True):
+            (cpu / f"cpu0/cache/index{number}" / name).write_text(f"{text}\n")
     for node in ("node0", "node1", "power"):
         (tmp_path / "devices/system/node" / node).mkdir(parents=True)
     (tmp_path / "fs/cgroup").mkdir(parents=True)
@@ -175,6 +182,9 @@ def test_files_of_the_kernel_are_read(torch, monkeypatch, tmp_path):
     assert described["cpu_affinity"] == "0-2,5,7-8"
     assert described["cpu_governor"] == "performance,powersave"
     assert described["cpu_cores"] == 2
+    assert described["cpu_sockets"] == 2
+    assert described["cpu_max_hz"] == 3_900_000_000
+    assert described["cpu_caches"] == "L1 Data 32K, L3 Unified 35M"
     assert described["numa_nodes"] == 2
     assert described["cgroup_cpu_max"] == "200000 100000"
     assert described["cgroup_memory_max"] is None

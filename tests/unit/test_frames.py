@@ -154,6 +154,26 @@ def test_an_end_that_does_not_read_never_makes_the_other_wait(
         here.flush()
 
 
+def test_what_an_end_did_not_take_goes_while_its_writer_waits(
+    ends: tuple[Channel, socket.socket],
+) -> None:
+    """The last answers of a million: nothing more is posted, and nobody flushes again."""
+    here, there = ends
+    other = Channel(there, "z")
+    here.post(QUERY, 1, 2, bytes(4 << 20))
+    assert not here.flush()
+    got = []
+    for _ in range(2_000):
+        got += other.read()
+        if got:
+            break
+        assert here.await_frames(0.01) == []
+    assert [(one, len(data)) for _, one, _, data in got] == [(1, 4 << 20)]
+    other.post(QUERY, 7, 0)
+    other.flush()
+    assert here.await_frames() == [(QUERY, 7, 0, b"")]
+
+
 def test_silence_is_noticed(ends: tuple[Channel, socket.socket]) -> None:
     here, there = ends
     now = here.heard

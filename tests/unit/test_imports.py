@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 LAYER_0 = "errors files samples clock quantiles network wire pings liveness cli run metrics verdict"
 ABOVE = "report.text verify salvage sut prepare finish record start"
-BETWEEN_RUNS = "conditions launches compare baseline plan report.tables report.__main__"
+BETWEEN_RUNS = "conditions launches compare baseline plan report.tables report.__main__ submission"
 TORCH_FREE = [*LAYER_0.split(), *ABOVE.split(), *BETWEEN_RUNS.split()]
 
 # A torch that cannot be imported, installed or not; what asks for it fails by name.
@@ -55,7 +55,8 @@ def test_import_distbench_loads_neither_numpy_nor_torch():
 
 
 @pytest.mark.parametrize(
-    "command", ["verify", "salvage", "offline", "compare", "baseline", "plan", "report"]
+    "command",
+    ["verify", "salvage", "offline", "compare", "baseline", "plan", "report", "submission"],
 )
 def test_help_needs_no_torch(command):
     code = (

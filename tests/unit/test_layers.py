@@ -31,7 +31,8 @@ LAYERS = (
     "offline server singlestream multistream worker null_replica central spawn coordinated "
     "distributed collectives fabric_window courses mlperf",
     # Commands around runs.
-    "plan shard_plan verify audit salvage baseline",
+    "plan shard_plan verify audit salvage baseline submission submission_runs submission_tree "
+    "submission_remarks system_description",
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names.split()}
 COLLECTIVE = {"world", "parallel", "shards", "tensors"}

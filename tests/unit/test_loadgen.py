@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distbench import wire
+from distbench import files, wire
 from distbench.clock import clock_domain, now_ns
 from distbench.dispatch import COLUMNS, DriverEnded
 from distbench.errors import UsageError
@@ -139,6 +139,9 @@ class Ranks:
         kept = json.loads((self.out / "run" / "driver" / "after.json").read_text())
         assert kept["end"]["sentence"] == told["error"] and kept["end"]["exit_code"] == 6
         assert (self.out / "run" / "loadgen" / "mlperf_log_detail.txt").exists()
+        done = json.loads((self.out / "run" / "driver" / "done.json").read_text())["files"]
+        for name, digest in done.items():  # LoadGen's thread went on for a moment
+            assert files.sha256_file(self.out / "run" / "driver" / name) == digest, name
         return str(told["error"])
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import distbench
 from distbench.errors import UsageError
 from distbench.models import digits_data, tinylm_data
 from distbench.rounds import ROUNDS
@@ -20,6 +23,10 @@ def test_a_benchmark_has_what_it_says(name: str) -> None:
     assert (bench.target is None) == bool(bench.why_unscored)
     if bench.target is not None:
         assert callable(codec(bench).scored) and bench.metric
+    if bench.codec:
+        assert bench.inputs
+    weights = Path(distbench.__file__).parents[1] / bench.weights
+    assert not bench.weights or weights.is_file()
     listed = {each.name for round_ in ROUNDS.values() for each in round_.models}
     assert name in listed or bench.latency_ns or bench.tokens, "Server has a limit"
 
