@@ -42,6 +42,7 @@ from dispatch import busy_s, environment, own_s
 CONFIDENCE = 0.99
 GROUP = 32
 RANKS = 2
+SCENARIOS = ("server", "offline")
 FLOOR = "echo"
 BOUND = "15ms@p99"
 """Server's limit, which no figure here depends on; LoadGen's of echo."""
@@ -217,12 +218,15 @@ def main() -> None:
     made.add_argument(
         "--models", nargs="+", default=["sleep,per_sample=5ms", "digits,width=256"], help="systems"
     )
+    made.add_argument("--scenarios", nargs="+", default=SCENARIOS, choices=SCENARIOS, help="both")
     made.add_argument("--qps", type=float, default=100.0, help="of Server (100)")
     made.add_argument("--seconds", type=float, default=5.0, help="of each run, about (5)")
     given = made.parse_args()
     report = Report("native", vars(given))
-    compare_server(report, given.rounds, given.models, given.qps, given.seconds)
-    compare_offline(report, given.rounds, given.models, given.seconds)
+    if "server" in given.scenarios:
+        compare_server(report, given.rounds, given.models, given.qps, given.seconds)
+    if "offline" in given.scenarios:
+        compare_offline(report, given.rounds, given.models, given.seconds)
     report.end(given.json)
 
 

@@ -37,6 +37,12 @@ def test_tokens_are_the_references(slots: int, batching: str) -> None:
     assert right == total > 0
 
 
+def test_the_held_out_text_costs_what_it_does_on_a_cpu() -> None:
+    sut = build(choose_device("cuda", 0))
+    bits, count = sut.text_bits(0, 1, lambda: None)  # type: ignore[attr-defined]
+    assert (bits / count, count) == (pytest.approx(1.361, abs=1e-3), 5468)
+
+
 def test_a_token_is_stamped_after_it_is_on_the_host() -> None:
     sut = build(choose_device("cuda", 0), slots=8)
     for row in range(8):

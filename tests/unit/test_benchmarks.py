@@ -186,6 +186,7 @@ def test_a_python_that_fails_is_no_missing_gpu(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
+NATIVE = ("native.py", "--rounds", "1", "--seconds", "1", "--models", "sleep", "--scenarios")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -204,10 +205,8 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
         (("pacing.py", "--rounds", "2", "--seconds", "0.2"), "echo at 10,000 queries/s"),
         (("peak.py", "--duration", "2s", "--probe", "100ms"), "digits, 2 ranks: time"),
         (("versus_loadgen.py", "--rounds", "2", "--samples", "500"), "groups of 32 / by 32"),
-        (
-            ("native.py", "--rounds", "1", "--seconds", "1", "--models", "sleep,per_sample=5ms"),
-            "p50 without floor",
-        ),
+        ((*NATIVE, "server"), "p50 without floor"),
+        ((*NATIVE, "offline"), "throughput without floor"),
     ],
     ids=lambda value: next((v for v in value if v.endswith(".py")), "") if value else "",
 )
