@@ -156,7 +156,7 @@ class Away:
                         f"{self.host.name}: nothing of {name} came from the ranks: {place}"
                     )
                 elif not whole(target / "driver"):
-                    wrong += self._merged(target)
+                    wrong += [f"{why}: {place}" for why in self._merged(target)]
         except (Lost, Refused, OSError) as error:
             wrong.append(f"{error}: {place}")
         self._spent = not wrong
