@@ -119,10 +119,12 @@ def interference_found(
     waited_ns, of_ns, of = quiet["run_delay_ns"], quiet["window_ns"], "its window"
     if open_loop and t is not None:
         waited_ns = max(0, waited_ns - t.series["lateness"][2])
-        of_ns = max(1, min(of_ns, t.series["batch_latency"][2]))
+        of_ns = min(of_ns, t.series["batch_latency"][2])
         of = "the time that it had work in flight"
         if "query" in record.before["columns"]:  # waking for what a driver sends is in no lateness
-            of_ns, of = max(1, t.series["latency"][2]), "the time that its queries took"
+            of_ns, of = t.series["latency"][2], "the time that its queries took"
+    if of_ns <= 0:
+        return []  # of a driver that was lost with all its rows: nothing was waited with
     effect = waited_ns / of_ns
     level = graded(effect)
     if level is None:

@@ -338,3 +338,23 @@ def test_a_rank_that_was_killed_has_the_rows_that_came(tmp_path: Path) -> None:
 def test_parts_are_named_in_the_order_in_which_they_happen() -> None:
     assert sorted(PARTS.values()) == list(PARTS.values())
     assert joined(dispatched(4), dispatched(4).driver).rank == -1  # type: ignore[arg-type]
+
+
+def test_a_rank_that_took_no_query_waited_for_no_processor_with_one() -> None:
+    """As of a driver that was lost with all its rows: 0.4 s by nothing is no share of anything."""
+    from dataclasses import replace
+
+    from distbench.pool import in_one_place
+    from distbench.times import rank_times
+    from distbench.trust import interference_found
+    from distbench.verdict import facts
+
+    run = dispatched(100)
+    assert run.driver is not None and run.driver.after is not None
+    quiet = {"run_delay_ns": 400_000_000, "window_ns": 10**9, "involuntary_switches": 9}
+    record = replace(run.driver, after=run.driver.after | {"quiet": quiet})
+    (found,) = in_one_place(run).gather(facts)[:1]
+    times = rank_times(run, record, found)
+    assert interference_found(record, times, open_loop=True)
+    none = replace(times, series=dict.fromkeys(times.series, (0, 0, 0)))
+    assert interference_found(record, none, open_loop=True) == []
