@@ -32,15 +32,16 @@ from distbench.compliance import (
     same_sample,
     same_score,
     same_tokens,
+    took_config,
     verification,
 )
 from distbench.conditions import Difference, conditions, differences, listed
 from distbench.errors import EXIT_CRASH, EXIT_OK, EXIT_USAGE, UsageError
 from distbench.gates import WORDING
+from distbench.joined import answered
 from distbench.loadgen_verdict import official_of, told_by
 from distbench.mllog import read_answers, read_entries
 from distbench.run import Run, load_run
-from distbench.samples import Array
 from distbench.suite import benchmark
 from distbench.verify import check_hashes
 
@@ -48,8 +49,14 @@ NATIVE = "outputs"
 """Name of the audit that needs no run of its own."""
 OF_THE_TEST = {"mode", "audit", "official"}
 """Options in which the runs of an audit differ; of the last, which scripts give, see ``ASKED``."""
-ASKED = ("round", "benchmark", "config", "model", "total", "resident", "tokens", "network")
-"""What of the plan must be alike."""
+ASKED = (
+    *("round", "benchmark", "config", "model", "total", "resident", "tokens", "network"),
+    *("shortened", "edited", "seeds"),
+)
+"""What of the plan must be alike; of all runs but TEST06's the least duration too, and of Server's
+the rate."""
+SOUND = ("VALID", "SHORTENED", "AUDIT")
+"""Words of the rules on a run that something can be proven with."""
 MARKS = {True: "passed", False: "FAILED", None: "unknown"}
 
 
@@ -119,6 +126,8 @@ def read_audited(path: Path) -> Audited:
         )
     if told["problem"]:
         raise UsageError(f"{path}: {told['problem']}: run it again")
+    if any("answers" not in (each.after or {}) for each in run.workers) or run.missing:
+        raise UsageError(f"{path} is INCOMPLETE, or of an earlier distbench: run it again")
     return Audited(path, run, run.result(), official, told["keys"])
 
 
@@ -147,9 +156,11 @@ def by_role(runs: Sequence[Audited]) -> dict[str, Audited]:
 
 def _unlike(first: Audited, other: Audited) -> list[Difference]:
     found = differences(conditions(dict(first.result)), conditions(dict(other.result)))
+    names = [*ASKED, *["target_qps"] * (first.official["scenario"] == "server")]
+    names += ["min_duration_ns"] * ("TEST06" not in (first.role, other.role))
     asked = [
         Difference(name, str(first.official[name]), str(other.official[name]))
-        for name in ASKED
+        for name in names
         if first.official[name] != other.official[name]
     ]
     return asked + [each for each in found if each.name not in OF_THE_TEST]
@@ -166,9 +177,12 @@ def judged(runs: Sequence[Audited]) -> list[Judgement]:
     tests = [each for role, each in found.items() if role.startswith("TEST")]
     out = []
     if performance is not None and accuracy is not None:
-        hashes = [pair for r in performance.run.workers for pair in (r.after or {})["answers"]]
+        hashes = [
+            pair for r in performance.run.workers for pair in (r.after or {}).get("answers", [])
+        ]
         check = same_hashes(hashes, read_answers(accuracy.loadgen))
-        out.append(Judgement(NATIVE, performance.path, (check,)))
+        sound = (_sound(performance), _sound(accuracy))
+        out.append(Judgement(NATIVE, performance.path, (*sound, check)))
     for test in sorted(tests, key=lambda each: each.role):
         out.append(Judgement(test.role, test.path, tuple(_checks(test, performance, accuracy))))
     if not out:
@@ -181,46 +195,51 @@ def judged(runs: Sequence[Audited]) -> list[Judgement]:
 
 def _checks(test: Audited, performance: Audited | None, accuracy: Audited | None) -> list[Check]:
     """Judge one run in compliance mode."""
-    scenario, tokens = test.official["scenario"], bool(test.official["tokens"])
+    scenario, driver = test.official["scenario"], test.run.driver
+    assert driver is not None
+    checks = [_sound(test), took_config(test.role, test.keys, driver.column("index"))]
     if test.role == "TEST06":
         bench = benchmark(test.official["benchmark"])
         entries = read_entries(test.loadgen)
-        errors = len(told_by(test.run)["errors"])
-        clean = Check("errors", not errors, f"LoadGen logged {errors} errors")
-        return [clean, *same_tokens(scenario, entries, bench.dtype, bench.end)]
+        return [*checks, *same_tokens(scenario, entries, bench.dtype, bench.end)]
     if performance is None:
         raise UsageError(f"{test.role} of {test.path} needs the run in performance mode: give it")
-    checks = [_valid(performance), _valid(test)]
+    checks.insert(0, _sound(performance))
     if test.role == "TEST04":
         checks.append(same_score(scenario, test.keys, performance.keys, least=False))
-        checks.append(same_sample(scenario, _timed(test), _timed(performance), tokens=tokens))
-        return checks
+        return [*checks, same_sample(_timed(test), _timed(performance))]
     if accuracy is None:
         raise UsageError(f"TEST01 of {test.path} needs the run in accuracy mode: give it")
     logged, reference = read_entries(test.loadgen), read_answers(accuracy.loadgen)
-    checks.append(same_answers(logged, reference))
+    checks += [_sound(accuracy), same_answers(logged, reference)]
     return [*checks, same_score(scenario, test.keys, performance.keys, least=True)]
 
 
-def _valid(run: Audited) -> Check:
-    """Tell whether LoadGen calls a run VALID, and logged no error."""
-    errors = len(told_by(run.run)["errors"])
-    word = run.keys.get("result_validity", "nothing")
-    said = f"LoadGen says {word} of {run.path.name}, with {errors} errors in its log"
-    return Check(f"valid ({run.role})", word == "VALID" and not errors, said)
+def _sound(run: Audited) -> Check:
+    """Tell whether a run is one that something can be proven with."""
+    rules, errors = run.result["verdict"]["rules"], len(told_by(run.run)["errors"])
+    failed = [gate["name"] for gate in rules["gates"] if not gate["passed"]]
+    said = (
+        f"{run.path.name} is {rules['result']} by the rules, with {errors} errors in LoadGen's log"
+    )
+    said += f"; not kept: {', '.join(failed)}" if failed else ""
+    return Check(f"valid ({run.role})", rules["result"] in SOUND, said)
 
 
 def _timed(run: Audited) -> Timed:
-    """Return what a run is compared by."""
-    driver, rate = run.run.driver, None
+    """Return what a run is compared by, of all ranks."""
+    driver, parts = run.run.driver, []
     assert driver is not None
-    if run.official["scenario"] == "offline":
-        named = "throughput.tokens" if run.official["tokens"] else "throughput"
-        rate = run.result["metrics"][named]["value"]
-    done = driver.column("completed")
-    good: Array = np.flatnonzero(done > 0)
-    latency_ns = (done - driver.column("issued"))[good]
-    return Timed(rate, driver.column("index")[good], latency_ns)
+    index = driver.column("index")
+    fresh = np.zeros(len(index), bool)
+    fresh[np.unique(index, return_index=True)[1]] = True  # rows are in the order of issue
+    for record in run.run.workers:
+        good = answered(record, driver)
+        took = (record.column("completed") - record.column("issued"))[good]
+        parts.append((record.column("query")[good], took))
+    query, service_ns = (np.concatenate(part) for part in zip(*parts, strict=True))
+    tokens = driver.column("tokens")[query] if run.official["tokens"] else None
+    return Timed(service_ns, fresh[query], tokens)
 
 
 def lines(judgements: Sequence[Judgement], official: Mapping[str, Any]) -> list[str]:

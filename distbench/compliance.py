@@ -56,8 +56,19 @@ SCORES = {
 THRESHOLD, RELAXED = 0.10, 0.20
 SHORT_NS = {"singlestream": 200_000, "multistream": 1_600_000}
 """Of a latency up to this much, what disturbs a host is more: ``RELAXED`` holds."""
-LEAST_ROWS = 10
-"""Below it a median of latencies tells nothing."""
+LEAST_ROWS, ABOUT = 10, 0.1
+"""Below so many a median tells nothing; texts whose tokens differ by less are of a length."""
+LEAST_LOGGED = 64
+"""Of fewer logged answers nothing is told."""
+LOGGED_AS = {
+    "accuracy_log_rng_seed": "effective_accuracy_log_rng_seed",
+    "accuracy_log_sampling_target": "effective_accuracy_log_sampling_target",
+    "performance_issue_same": "effective_performance_issue_same",
+    "performance_issue_same_index": "effective_performance_issue_same_index",
+    "min_query_count": "effective_min_query_count",
+    "min_duration": "effective_min_duration_ms",
+}
+"""Keys of audit.config as LoadGen logs what it made of them."""
 HASH_DIGITS = 16
 
 
@@ -78,17 +89,18 @@ class Check:
 
 @dataclass(frozen=True)
 class Timed:
-    """What two runs are compared by.
+    """What two runs are compared by, a row for each completed sample.
 
     Attributes:
-        rate: of Offline, samples/s, or tokens/s of a token model; None elsewhere.
-        index: sample index of each completed row.
-        latency_ns: of each, from the hand-over to its completion, on the driver's clock.
+        service_ns: from the issue of its group to the engine until the outputs were back, by the
+            clock of its rank: neither dispatch nor the wait for a batch is in it.
+        fresh: whether the run had not had this sample before.
+        tokens: of its answer; None of a model without.
     """
 
-    rate: float | None
-    index: Array
-    latency_ns: Array
+    service_ns: Array
+    fresh: Any
+    tokens: Array | None = None
 
 
 def check_audit(mode: str, audit: str, name: str, has_tokens: bool) -> None:
@@ -114,6 +126,24 @@ def audit_conf(audit: str) -> str:
 def answer_hash(answer: bytes) -> str:
     """Return what is kept of an answer."""
     return hashlib.sha256(answer).hexdigest()[:HASH_DIGITS]
+
+
+def took_config(audit: str, keys: Mapping[str, Any], indices: Array) -> Check:
+    """Tell whether LoadGen ran the test: whether it took audit.config.
+
+    Args:
+        audit: the test.
+        keys: of the run's detail log.
+        indices: of all samples that were issued.
+    """
+    asked = {LOGGED_AS[k]: v for k, v in AUDITS[audit].items() if k in LOGGED_AS}
+    other = [key for key, value in asked.items() if keys.get(key) != value]
+    said = f"{', '.join(other)} of its log are not the test's" if other else "as in its log"
+    distinct = len(np.unique(indices))
+    if audit == "TEST04":
+        said += f"; {distinct:,} different samples were issued"
+    passed = not other and (audit != "TEST04" or distinct == 1)
+    return Check("audit.config", passed, said)
 
 
 # -- answers -------------------------------------------------------------------------------------
@@ -144,13 +174,13 @@ def same_hashes(hashes: Sequence[Sequence[Any]], reference: Mapping[int, bytes])
 
 
 def _alike(name: str, what: str, pairs: Sequence[tuple[int, bool]]) -> Check:
-    if not pairs:
-        return Check(name, None, "none was logged")
     other = list(dict.fromkeys(index for index, same in pairs if not same))
     same = sum(good for _, good in pairs)
     said = f"{same:,} of {len(pairs):,} {what}"
     if other:
         said += f"; of sample {other[0]} it is not"
+    if not other and len(pairs) < LEAST_LOGGED:
+        return Check(name, None, f"{said}, and {LEAST_LOGGED} are needed: make the run longer")
     return Check(name, not other, said)
 
 
@@ -189,40 +219,37 @@ def same_score(
     return Check("score", passed, said)
 
 
-def same_sample(scenario: str, test: Timed, reference: Timed, *, tokens: bool) -> Check:
-    """Tell whether a sample that comes again and again is answered faster: from a cache.
+def same_sample(test: Timed, reference: Timed) -> Check:
+    """Tell whether a sample that comes again and again is computed faster: from a cache.
 
-    Offline is held by its rate, of which more is faster, the others by their median latency, of
-    which less is. A text takes as long as it is: of a token model only those rows of the reference
-    are looked at that are of the same sample.
+    What the ranks took for it is compared with what they took for samples that the performance run
+    had not had before, so that a cache which fills up during that run does not hide. A text takes
+    as long as it is: of a token model only those of about as many tokens are compared.
 
     Args:
-        scenario: distbench's name of it.
         test: the run that issued one sample.
         reference: the performance run.
-        tokens: whether it is a token model.
     """
-    if test.rate is not None and reference.rate is not None:
-        return _faster(test.rate / reference.rate, THRESHOLD, "the rate", "")
-    own = reference.latency_ns
-    if tokens:
-        own = own[np.isin(reference.index, np.unique(test.index))]
-    if min(len(own), len(test.latency_ns)) < LEAST_ROWS:
-        which = "of this sample " if tokens else ""
+    own = reference.fresh
+    if test.tokens is not None and reference.tokens is not None and len(test.tokens):
+        length = float(np.median(test.tokens))
+        own = own & (np.abs(reference.tokens - length) <= ABOUT * length)
+    own_ns = reference.service_ns[own]
+    if min(len(own_ns), len(test.service_ns)) < LEAST_ROWS:
+        like = " of about as many tokens" if test.tokens is not None else ""
         return Check(
             "same-sample",
             None,
-            f"the performance run has {len(own)} latencies {which}and {LEAST_ROWS} are needed: "
-            "make it longer",
+            f"the performance run has {len(own_ns)} samples that were new to it{like}, the other "
+            f"{len(test.service_ns)}, and {LEAST_ROWS} are needed: make them longer",
         )
-    medians = float(np.median(own)), float(np.median(test.latency_ns))
-    off = threshold(scenario, medians[0])
-    rows = f" ({len(test.latency_ns):,} and {len(own):,} samples)"
-    return _faster(medians[0] / medians[1], off, "by the median latency", rows)
-
-
-def _faster(times: float, off: float, by: str, rows: str) -> Check:
-    said = f"{by} {times:.3f} times as fast as the performance run{rows}, below {1 + off:g}"
+    medians = float(np.median(own_ns)), float(np.median(test.service_ns))
+    off = RELAXED if medians[0] <= SHORT_NS["singlestream"] else THRESHOLD
+    times = medians[0] / max(medians[1], 1.0)
+    said = (
+        f"{times:.3f} times as fast as samples that were new to the performance run, by the ranks' "
+        f"median ({len(test.service_ns):,} and {len(own_ns):,} samples), to be below {1 + off:g}"
+    )
     return Check("same-sample", times < 1 + off, said)
 
 
@@ -244,7 +271,7 @@ def same_tokens(scenario: str, logged: Sequence[Entry], kind: str, end: int | No
     width = np.dtype(kind).itemsize
     checks = [Check("first token", True, "Offline tells none")]
     if scenario != "offline":
-        early = [(e.index, bool(e.first) and e.data.startswith(e.first)) for e in logged]
+        early = [(e.index, len(e.first) == width and e.data[:width] == e.first) for e in logged]
         checks = [_alike("first token", "answers begin with the token that came first", early)]
     if end is None:
         checks.append(Check("end token", True, "the model has none"))

@@ -49,7 +49,7 @@ def joined(run: Run, driver: RankRecord) -> RankRecord:
     for record in run.present:
         if record.rows is None or "query" not in record.before["columns"]:
             continue
-        mine = _answered(record, driver)
+        mine = answered(record, driver)
         number = record.column("query")[mine]
         known[number] = True
         groups.append(_groups(record))
@@ -93,7 +93,7 @@ def joined(run: Run, driver: RankRecord) -> RankRecord:
 _SERIES = ("lateness", "in_time", "queue", "service", "return", "batch_latency", "device")
 
 
-def _answered(record: RankRecord, driver: RankRecord) -> NDArray[np.bool_]:
+def answered(record: RankRecord, driver: RankRecord) -> NDArray[np.bool_]:
     """Tell which rows of a rank's log are queries that ended well, here and on the driver."""
     number = record.column("query")
     inside = (number >= 0) & (number < len(driver.column("completed")))
@@ -233,7 +233,7 @@ def _at_odds(run: Run, driver: RankRecord) -> list[Finding]:
     whole = not run.missing and all(r.rows is not None and r.after for r in run.present)
     if not whole:
         return []
-    there = sum(int(_answered(record, driver).sum()) for record in run.present)
+    there = sum(int(answered(record, driver).sum()) for record in run.present)
     numbers = np.concatenate([record.column("query") for record in run.present])
     twice = len(numbers) - len(np.unique(numbers))
     here = int((driver.column("completed") >= 0).sum())
