@@ -24,7 +24,7 @@ from distbench.errors import DRIVER, ClockError, DistbenchError, UsageError
 from distbench.frames import LOADED, Channel
 from distbench.liveness import EXCHANGE_TRIPS, WINDOW_TRIPS
 from distbench.mlperf_files import write_texts
-from distbench.null_replica import serve_nothing
+from distbench.null_replica import measure_floor
 from distbench.prepare import Cue, Part
 from distbench.run import SCHEMA_VERSION, RankRecord, read_record
 from distbench.samples import SampleLog
@@ -99,7 +99,7 @@ class Dispatch:
                 stack.callback(link.close)
                 self.channel = Channel(link.connection, str(link.seat))
                 if self.control is not None:
-                    self._answered("open all links", CALL_S)
+                    self.answered("open all links", CALL_S)
             except DistbenchError as error:
                 problem = error
         world.check("driver", problem)
@@ -124,7 +124,7 @@ class Dispatch:
         if official is not None and official.round is not None:
             round_ = official.round
             tell(self.control, {"do": "check", "loadgen": round_.loadgen, "round": round_.name})
-            self._answered("check its LoadGen", CALL_S)
+            self.answered("check its LoadGen", CALL_S)
         asked = {"do": "expect", "ranks": self.world.world_size, "payload": self._payload}
         tell(self.control, asked)
         self.clock = self._call(address, token, "clock")
@@ -161,9 +161,9 @@ class Dispatch:
         finally:  # a model that raises is told of by its rank; the driver need not wait for it
             channel.post(LOADED, len(indices), 0)
             channel.drain(CALL_S)
-        self._answered("load the samples", LOAD_S)
+        self.answered("load the samples", LOAD_S)
 
-    def _answered(self, what: str, within_s: float) -> tuple[dict[str, Any], list[Any]]:
+    def answered(self, what: str, within_s: float) -> tuple[dict[str, Any], list[Any]]:
         """On rank 0: hear the driver's answer; its problem is raised here."""
         if self.control is None:
             return {}, []
@@ -260,7 +260,7 @@ class Dispatch:
                 # Of LoadGen's order and schedule nothing is told before.
                 arrays = ([], []) if part.due_ns is None else (part.due_ns, part.order)
                 tell(self.control, asked, *arrays)
-                self._answered("make its log", CALL_S)
+                self.answered("make its log", CALL_S)
             except DistbenchError as error:
                 problem = error
         self.world.check("driver's log", problem)
@@ -311,38 +311,21 @@ class Dispatch:
         told = [found.before, found.after, found.problem, found.rows is not None]
         before, ended, problem, here = world.gather_json(told)[0]
         self.lost = bool((ended or {}).get("end"))
-        if "official" in before and before["official"]["mode"] != "accuracy" and not self.lost:
-            after["floor"] = self._floor(before["official"])
         rows = np.zeros((0, len(before["columns"])), np.int64) if found.rows is None else found.rows
         rows = world.gather_rows(np.ascontiguousarray(rows))[0]
         return RankRecord(DRIVER, before, ended, rows if here else None, problem)
 
-    def _floor(self, official: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Serve a model that does nothing; returns what LoadGen logged of it, on rank 0.
-
-        The official run is at its end and fetched: whatever breaks here leaves it as it is.
-        """
-        assert self.channel is not None and self.part is not None
-        if self.control is not None:
-            with suppress(LinkClosed):
-                tell(self.control, {"do": "floor", "official": official})
-        problem = serve_nothing(self.channel, official, self.part.group, self.world.now)
-        told = None
-        if self.control is not None:
-            try:
-                told, _ = self._answered("measure its floor", LOAD_S)
-            except DistbenchError as error:
-                told = {"problem": str(error)}
-        problems = self.world.gather_json(problem or (told or {}).get("problem", ""))
-        self.lost = any(problems)
-        return told
+    def floor(self, official: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Measure what LoadGen and dispatch cost alone; see ``null_replica``."""
+        assert self.part is not None
+        return measure_floor(self, official, self.part.group)
 
     def _fetched(self, control: Link) -> RankRecord:
         """On rank 0: ask the driver for its record; of one that died, read what it left here."""
         try:
-            self._answered("end the window", CALL_S)
+            self.answered("end the window", CALL_S)
             tell(control, {"do": "fetch"})
-            told, (flat, *texts) = self._answered("hand over its log", LOAD_S)
+            told, (flat, *texts) = self.answered("hand over its log", LOAD_S)
             if texts and self._folder is not None:
                 write_texts(self._folder.parent / "loadgen", told["texts"], texts)
         except (DistbenchError, OSError) as error:

@@ -141,7 +141,8 @@ def took_config(audit: str, keys: Mapping[str, Any], indices: Array) -> Check:
     said = f"{', '.join(other)} of its log are not the test's" if other else "as in its log"
     distinct = len(np.unique(indices))
     if audit == "TEST04":
-        said += f"; {distinct:,} different samples were issued"
+        said += "; one sample" if distinct == 1 else f"; {distinct:,} different samples"
+        said += " was issued" if distinct == 1 else " were issued"
     passed = not other and (audit != "TEST04" or distinct == 1)
     return Check("audit.config", passed, said)
 

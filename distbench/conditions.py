@@ -122,7 +122,7 @@ def conditions(result: dict[str, Any]) -> Conditions:
     run |= {f"model.{name}": window["model"].get(name) for name in MODEL}
     run |= {name: item["value"] for name, item in config.items() if name not in NO_CONDITIONS}
     if run.get("driver"):  # where it is, and not which port was free
-        run["driver"] = run["driver"].rpartition(":")[0]
+        run["driver"] = run["driver"].rpartition(":")[0] or run["driver"]
     ranks = []
     common = result["environment"]["common"]
     for row, own in zip(result["per_rank"], result["environment"]["ranks"], strict=True):

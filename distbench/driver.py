@@ -267,8 +267,9 @@ class Driver:
     def _save(self, window: Window) -> None:
         if "official" in window.before:
             window.after["used"] = int(np.count_nonzero(window.log.count))
-        with contextlib.suppress(OSError):  # the samples are in their file all the same
+        with contextlib.suppress(OSError):
             window.log.freeze()  # after an early end LoadGen's thread goes on: what is hashed stays
+        with contextlib.suppress(OSError):  # the samples are in their file all the same
             files.write_json(window.folder / "after.json", window.after)
             write_done(window.folder)
 

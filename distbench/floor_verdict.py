@@ -14,9 +14,11 @@ from distbench.findings import Finding
 from distbench.floor import NEAR
 from distbench.loadgen_verdict import QUERIES, RATES, SERIES, official_of, taken
 from distbench.loadgen_verdict import series as series_of
-from distbench.metrics import QUANTILES
+from distbench.metrics import QUANTILES, metric
 from distbench.run import Run
 
+BEYOND = 5
+"""Queries that must lie beyond a percentile of the floor: 500 for its p99."""
 ALONE = ("latency", "ttft")
 """Series that begin with a sample's way to a replica; a TPOT is a difference without it."""
 
@@ -38,7 +40,14 @@ def floor_figures(run: Run) -> dict[str, dict[str, Any]]:
         return _alone({"floor.throughput": taken(keys, key, "samples/s", 1, why, 1.0)})
     n = int(keys.get("result_query_count", 0))
     named = QUERIES if run.scenario == "multistream" else SERIES["latency"]
-    return _alone(series_of(keys, "floor.latency", n, why, named))
+    figures = _alone(series_of(keys, "floor.latency", n, why, named))
+    for label, p in QUANTILES.items():
+        if 0 < n * (1 - p) < BEYOND:
+            told = figures[f"floor.latency.{label}"]
+            figures[f"floor.latency.{label}"] = metric(
+                None, "s", n, told["definition"], reason=f"{n} queries tell no {label}"
+            )
+    return figures
 
 
 def _alone(figures: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -110,6 +110,13 @@ class Central(Protocol):
     def record(self, after: dict[str, Any]) -> RankRecord:
         """Return what the driver recorded, on every rank; ``after`` takes its clock."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether the driver ended early."""
+
+    def floor(self, official: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Measure what LoadGen and dispatch cost alone, on rank 0."""
+
     def cut(self) -> None:
         """Let the driver save what it has, at an early end."""
 

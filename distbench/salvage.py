@@ -98,12 +98,21 @@ def _merge_window(folders: Sequence[Path]) -> Path:
                 continue
             if found != run_id:
                 raise UsageError(f"{path} is of run {found}, {target} of {run_id}: do not mix them")
-            if own.exists() and not (own / "samples.npy").exists():
-                shutil.rmtree(own)  # such as rank 0's note on a driver that it lost
-            shutil.copytree(path, own, dirs_exist_ok=True)
-            if path.name == "driver" and (other / "loadgen").is_dir():
-                shutil.copytree(other / "loadgen", target / "loadgen", dirs_exist_ok=True)
+            part = own.with_name(f".{own.name}.part")
+            shutil.copytree(path, part, dirs_exist_ok=True)
+            if own.exists():  # such as rank 0's note on a driver that it lost
+                shutil.rmtree(own)
+            part.rename(own)
+        _bring_logs(other / "loadgen", target / "loadgen")
     return target
+
+
+def _bring_logs(source: Path, target: Path) -> None:
+    """Copy those of LoadGen's logs that are not here; a driver's folder may have come without."""
+    for path in sorted(source.glob("*")):
+        if path.is_file() and not (target / path.name).exists():
+            target.mkdir(exist_ok=True)
+            shutil.copy2(path, target / path.name)
 
 
 def _worth(folder: Path) -> int:

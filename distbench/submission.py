@@ -30,6 +30,7 @@ from distbench.submission_runs import (
     Verified,
     arranged,
     check_together,
+    failed_tests,
     no_texts,
     take,
     word_of,
@@ -90,6 +91,12 @@ def build(
     """
     check_together(runs, place.division)
     scenarios = arranged(runs, verified)
+    failed = [f"{name} of {each.model}" for each in scenarios for name in failed_tests(each)]
+    if failed and place.division != "open":
+        raise UsageError(
+            f"{', '.join(failed)} did not pass: see `python -m distbench.audit`, or give "
+            "--division open"
+        )
     told, network = one_system([run.run for run in runs]), bool(runs[0].official["network"])
     told |= {"division": place.division, "submitter": place.submitter}
     told |= {"system_name": place.system, "system_type": "datacenter"}

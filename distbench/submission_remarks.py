@@ -14,7 +14,7 @@ from typing import Any
 from distbench.loadgen_verdict import told_by
 from distbench.mllog import DETAIL, PREFIX
 from distbench.rounds import MS, ROUNDS, V5_0
-from distbench.submission_runs import AUDITS, Scenario, Taken
+from distbench.submission_runs import AUDITS, Scenario, Taken, failed_tests
 from distbench.system_description import MAY_BE_EMPTY
 from distbench.user_conf import SCENARIOS
 
@@ -42,6 +42,7 @@ def of_scenario(scenario: Scenario, division: str) -> list[str]:
     for name, audit in scenario.audits.items():
         missing = [text for text in AUDITS[name].texts if text not in audit.texts]
         found += [f'"{text} is missing" in {name}' for text in missing]
+    found += [f"{name} did not pass: see its verify_*.txt" for name in failed_tests(scenario)]
     if division != "open" and not scenario.audits:
         found.append('"no compliance dir", unless it is run with --skip_compliance')
     return found

@@ -197,9 +197,24 @@ def _shown(gate: Mapping[str, Any]) -> str:
     return f"gate {gate['name']}: {gate['value']:g}, limit {gate['limit']:g}{unit}"
 
 
+FAILED = ("TEST FAIL", "verification failed")
+"""What stands in the text of a verification that did not pass."""
+
+
+def failed_tests(scenario: Scenario) -> list[str]:
+    """Return the compliance tests that were verified and did not pass."""
+    return [
+        name
+        for name, audit in scenario.audits.items()
+        if any(f in text for f in FAILED for text in audit.texts.values())
+    ]
+
+
 def word_of(taken: Taken) -> str:
     """Return what distbench says of a run, in one line."""
     why = not_valid(taken)
+    if taken.part in AUDITS and not why:
+        return "a run of the test, whose outcome is in verify_*.txt"
     word = f"not VALID by the rules ({'; '.join(why)})" if why else "VALID by the rules"
     return f"{word}; measurement {taken.result['verdict']['status']}"
 

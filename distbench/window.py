@@ -7,6 +7,7 @@ on an instant, run the loop in quiet, meet, measure the clocks again, check, gat
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from distbench.errors import DistbenchError, End, where
 from distbench.preamble import describe_after, describe_rank
 from distbench.prepare import (
     OPTIONAL,
+    Central,
     Course,
     Cue,
     Part,
@@ -165,6 +167,8 @@ def one_window(prepared: Prepared, world: World, folder: record.Folder, turn: Tu
         recorder.after |= describe_after(world)
         driver = course.central.record(recorder.after) if course.central else None
         _check_accuracy(prepared, world, recorder, kept, turn)
+        if course.central and settings.official is not None:
+            _measure_floor(course.central, part, recorder)
         return finish.finish(world, recorder, before, shard, driver)
     except BaseException as error:
         broken = world.world_size > 1 and not isinstance(error, DistbenchError | KeyboardInterrupt)
@@ -207,7 +211,18 @@ def _check_accuracy(
     recorder.after["score"] = score
     if settings.official is not None:
         encode = encoder(settings.official.benchmark)
-        recorder.after["answers"] = finish.hash_answers(kept, indices_of, encode)
+        whole = {} if raised else kept  # what a codec cannot read has raised in the loop already
+        recorder.after["answers"] = finish.hash_answers(whole, indices_of, encode)
+
+
+def _measure_floor(central: Central, part: Part, recorder: record.Recorder) -> None:
+    """Have LoadGen drive what does nothing, once all else of an official run is saved."""
+    assert part.made is not None
+    official = part.made["official"]
+    with suppress(OSError):  # such as a full disk, which is told when the run is written
+        recorder.save_after()
+    if official["mode"] != "accuracy" and not central.lost:
+        recorder.after["floor"] = central.floor(official)
 
 
 def own_end(world: World, error: BaseException) -> End:

@@ -155,12 +155,18 @@ class Away:
                     wrong.append(
                         f"{self.host.name}: nothing of {name} came from the ranks: {place}"
                     )
-                elif not whole(target / "driver"):
+                elif not whole(target / "driver") or self._has_more(target):
                     wrong += [f"{why}: {place}" for why in self._merged(target)]
         except (Lost, Refused, OSError) as error:
             wrong.append(f"{error}: {place}")
         self._spent = not wrong
         return wrong
+
+    def _has_more(self, target: Path) -> bool:
+        """Whether a log of LoadGen's did not come over: rank 0 leaves out what is too large."""
+        tree = self.channel.ask("tree", ASK_S, folder=f"{self._folder}/{target.name}")["files"]
+        logs = [path for path, _ in tree if path.startswith("loadgen/")]
+        return any(not (target / path).exists() for path in logs)
 
     def _merged(self, target: Path) -> list[str]:
         with tempfile.TemporaryDirectory(prefix=".launch-", dir=target.parent) as spare:

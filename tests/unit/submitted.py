@@ -99,6 +99,7 @@ def stored(
     environment: Mapping[str, Any] = {},
     model: Mapping[str, Any] = {},
     errors: tuple[str, ...] = (),
+    index: int | None = None,
 ) -> Path:
     """Store a run over two hosts.
 
@@ -114,6 +115,7 @@ def stored(
         environment: what is otherwise in the ranks' environment.
         model: what is otherwise in rank.json's model.
         errors: of LoadGen's.
+        index: sample that is issued alone; None: one after the other.
     """
     bench = BENCHMARKS[benchmark]
     plain = "performance" if mode == "compliance" else mode
@@ -137,6 +139,9 @@ def stored(
     detail += [entry("error_runtime", text, error=True) for text in errors]
     (logs / "mlperf_log_detail.txt").write_text("".join(detail))
     (logs / "mlperf_log_accuracy.json").write_text(answers() if mode != "performance" else "[\n]\n")
+    if index is not None:
+        assert made.driver.rows is not None
+        made.driver.rows[:, before["columns"].index("index")] = index
     driver = replace(made.driver, before=before, after=after)
     return store(folder, replace(made, records=tuple(records), driver=driver))
 

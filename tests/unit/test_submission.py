@@ -631,10 +631,21 @@ def test_the_files_of_a_compliance_test(
         assert tree["x/accuracy/accuracy.txt"].decode() == hashed
 
 
+SAME = {"effective_performance_issue_same": True, "effective_performance_issue_same_index": 3}
+
+
+@pytest.mark.parametrize(("index", "word"), [(3, "TEST PASS"), (None, "TEST FAIL")])
 def test_a_compliance_run_has_its_place_and_its_verification(
-    tmp_path: Path, runs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    runs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+    index: int | None,
+    word: str,
 ) -> None:
-    audit = stored(tmp_path / "audit", mode="compliance", asked={"audit": "TEST04"})
+    """The second one is an ordinary run under the name of the test."""
+    audit = stored(
+        tmp_path / "audit", mode="compliance", asked={"audit": "TEST04"}, keys=SAME, index=index
+    )
     submit(tmp_path / "t", runs["offline-performance"], audit)
     folder = tmp_path / "t/open/acme/compliance/a30x2/digits/Offline"
     assert files_of(folder) == {
@@ -644,9 +655,10 @@ def test_a_compliance_run_has_its_place_and_its_verification(
     }
     text = (folder / "TEST04/verify_performance.txt").read_text()
     assert "score: result_samples_per_second 1000, reference 1000" in text
-    assert "TEST PASS" in text
+    assert word in text
     out = capsys.readouterr().out
     assert "is missing" not in out and "TEST04  audit  " in out
+    assert ("TEST04 did not pass" in out) == (word == "TEST FAIL")
     with pytest.raises(UsageError, match="needs the run in performance mode"):
         submit(tmp_path / "alone", audit)
     tree = scenario_files(
