@@ -20,7 +20,8 @@ side goes first changes with every round. Each side's own floor, of the same rou
 Both sides count a latency from the schedule to the completion message, on the driver's clock, and
 a percentile is sorted[int(n p)] on both. A ratio is that of LoadGen's figure to the native one of
 the same round. The interval that has a limit is that of the mean over rounds, of logarithms, 99 %,
-by Student's t: it must contain 1, and the row says how far 1 lies outside. It is as wide as the
+by Student's t: it must contain 1, and the row says how far 1 lies outside. Of Server's throughput,
+where the schedule is fixed, that tells little of the system: its p50 does. It is as wide as the
 machine is noisy: what other programs took of its processors stands beside the runs, which want four
 of their own.
 """

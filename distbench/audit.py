@@ -5,9 +5,9 @@
 
 Give the run in performance mode, the one in accuracy mode, and those in compliance mode, in any
 order; all of one scenario and under the same conditions. Each run in compliance mode is judged as
-MLCommons' scripts do, and harder where these are weak: every byte of an answer counts, and of a
-latency less is faster. Without one the outputs that the ranks kept of the performance run are
-compared with the accuracy run's. What is printed is "MLPerf-style, unverified". Needs no torch.
+MLCommons' scripts do, and harder where these are weak: every byte of an answer counts, and a cache
+is looked for in what the ranks took. The outputs that they kept of the performance run are compared
+with the accuracy run's besides. What is printed is "MLPerf-style, unverified". Needs no torch.
 
 Exit status: 0 all passed; 1 something failed, or could not be told; 2 the runs do not go together.
 """
@@ -115,6 +115,8 @@ def read_audited(path: Path) -> Audited:
     Raises:
         UsageError: it is none, it is damaged, or it did not come to its end.
     """
+    if not (path / "ranks").is_dir():
+        raise UsageError(f"{path} is no result directory: it has no folder ranks/")
     wrong, missing = check_hashes(path)
     if wrong or missing:
         raise UsageError(f"{path} is not as it was written: {[*wrong, *missing][0]}")
@@ -223,6 +225,7 @@ def _sound(run: Audited) -> Check:
         f"{run.path.name} is {rules['result']} by the rules, with {errors} errors in LoadGen's log"
     )
     said += f"; not kept: {', '.join(failed)}" if failed else ""
+    said += f"; its measurement is {run.result['verdict']['status']}"
     return Check(f"valid ({run.role})", rules["result"] in SOUND, said)
 
 

@@ -103,8 +103,15 @@ class Timed:
     tokens: Array | None = None
 
 
-def check_audit(mode: str, audit: str, name: str, has_tokens: bool) -> None:
+def check_audit(mode: str, audit: str, name: str, has_tokens: bool, unscored: str = "") -> None:
     """Refuse what is no audit, or none of this benchmark.
+
+    Args:
+        mode: of the run.
+        audit: the test; "" for none.
+        name: of the benchmark.
+        has_tokens: whether it is one of tokens.
+        unscored: why it has no accuracy mode; "" where it has.
 
     Raises:
         UsageError: likewise.
@@ -116,6 +123,11 @@ def check_audit(mode: str, audit: str, name: str, has_tokens: bool) -> None:
         raise UsageError(f"--audit {audit} is run by --mode compliance, and this is --mode {mode}")
     if audit == "TEST06" and not has_tokens:
         raise UsageError(f"TEST06 looks at tokens, and {name} has none: give TEST01 or TEST04")
+    if audit == "TEST01" and unscored:
+        raise UsageError(
+            f"TEST01 compares answers with those of accuracy mode, which {name} has not, for "
+            f"{unscored}: give TEST04"
+        )
 
 
 def audit_conf(audit: str) -> str:
@@ -299,27 +311,35 @@ def verification(audit: str, checks: Sequence[Check]) -> dict[str, str]:
         audit: the test.
         checks: all of it; one that could not be told fails.
     """
-    said = "".join(f"{_word(each.passed)}  {each.name}: {each.told}\n" for each in checks)
-    head = f"{audit}, judged by distbench; MLPerf-style, unverified\n{said}"
+    head = _head(audit, checks)
     named = {each.name: each.passed is True for each in checks}
     if audit == "TEST06":
-        first = "Skipped" if "Offline tells none" in said else str(named["first token"])
+        first = "Skipped" if "Offline tells none" in head else str(named["first token"])
         lines = f"First token check pass: {first}\nEOS check pass: {named['end token']}\n"
         lines += f"Sample length check pass: {named['length']}\n"
         done = "complete" if all(named.values()) else "failed"
         return {"verify_accuracy.txt": f"{head}{lines}TEST06 verification {done}\n"}
-    accuracy = ("answers", "outputs")
     texts = {}
     if audit == "TEST01":
-        good = all(good for name, good in named.items() if name in accuracy)
-        texts["verify_accuracy.txt"] = f"{head}{_verdict(good)}\n"
-    good = all(good for name, good in named.items() if name not in accuracy)
-    texts["verify_performance.txt"] = f"{head}{_verdict(good)}\n"
+        own = [each for each in checks if each.name in OF_ANSWERS]
+        texts["verify_accuracy.txt"] = _told(audit, own)
+    own = [each for each in checks if each.name not in OF_ANSWERS]
+    texts["verify_performance.txt"] = _told(audit, own)
     return texts
 
 
-def _verdict(good: bool) -> str:
-    return "TEST PASS" if good else "TEST FAIL"
+OF_ANSWERS = ("answers", "valid (accuracy)")
+"""Checks of TEST01 that stand in verify_accuracy.txt."""
+
+
+def _told(audit: str, checks: Sequence[Check]) -> str:
+    good = all(each.passed is True for each in checks)
+    return f"{_head(audit, checks)}{'TEST PASS' if good else 'TEST FAIL'}\n"
+
+
+def _head(audit: str, checks: Sequence[Check]) -> str:
+    said = "".join(f"{_word(each.passed)}  {each.name}: {each.told}\n" for each in checks)
+    return f"{audit}, judged by distbench; MLPerf-style, unverified\n{said}"
 
 
 def _word(passed: bool | None) -> str:

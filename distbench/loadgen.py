@@ -67,7 +67,7 @@ def check_installed(wanted: str, extra: str) -> None:
     Raises:
         UsageError: it is not installed, or is another version.
     """
-    remedy = f"`pip install 'distbench[{extra}]'` or `pip install {PACKAGE}=={wanted}`"
+    remedy = f"`pip install {PACKAGE}=={wanted}`, or `pip install '.[{extra}]'` in a clone"
     try:
         found = importlib.metadata.version(PACKAGE)
         importlib.import_module("mlperf_loadgen")

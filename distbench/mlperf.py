@@ -135,7 +135,7 @@ OPTIONS = (
     Option("scenario", "offline", one_of(*SCENARIOS), "LoadGen's scenario", "|".join(SCENARIOS)),
     Option("mode", "performance", one_of(*MODES), "LoadGen's mode", "|".join(MODES)),
     Option("audit", None, one_of(*AUDITS), "MLCommons' test of compliance mode", "|".join(AUDITS)),
-    Option("benchmark", "digits", _benchmark, "digits, tinylm, resnet50 or echo", "NAME"),
+    Option("benchmark", "digits", _benchmark, ", ".join(suite.BENCHMARKS), "NAME"),
     Option("model", None, check_model, "in place of the benchmark's own", "MODEL"),
     Option(
         "rules", "mlperf-v5.0", _round,

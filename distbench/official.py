@@ -42,6 +42,8 @@ ROUND_TRIP_S = 40e-6
 STREAM_PLANNED = 2.2
 """LoadGen makes queries for twice the duration at the expected latency, and no more."""
 STREAM_SPARE = 1024
+LONGEST, LONGEST_SPARE_S = 4.0, 60.0
+"""A Server run that would last so many times its schedule, and so much longer, is refused."""
 FREE = {
     "offline": ("target_qps",),
     "server": ("target_qps",),
@@ -93,7 +95,8 @@ class Official:
             )
         if self.mode == "accuracy" and bench.target is None:
             raise UsageError(f"{bench.name} has no accuracy mode: {bench.why_unscored}")
-        check_audit(self.mode, self.audit, self.name, bool(self.tokens or bench.tokens))
+        has_tokens = bool(self.tokens or bench.tokens)
+        check_audit(self.mode, self.audit, self.name, has_tokens, bench.why_unscored)
         self._limits(OFFLINE_LIMIT)  # of a model whose size is not known yet
         if self.target_qps is None:
             return
@@ -272,6 +275,13 @@ def _rated_counts(
     if asked.scenario == "server":
         qps = value("target_qps", DEFAULT_QPS)
         made = len(poisson_ns(qps, least_ns, queries, asked.round.seeds.schedule, multiple))
+        longest_s = LONGEST * max(made / qps, least_ns / 1e9) + LONGEST_SPARE_S
+        if asked.mode != "accuracy" and made / rate > longest_s:
+            raise agreed(
+                f"{made:,} queries at target_qps {qps:g} would keep these ranks busy for "
+                f"{made / rate:.3g} s, at the {rate:.4g} samples/s of their warm-up, and LoadGen "
+                f"cannot be stopped: give --target-qps {rate:.3g} or less"
+            )
         return {"target_qps": qps, "capacity": made}
     qps = value("target_qps", 1.0)
     made = offline_samples(queries, least_ns, qps, multiple)

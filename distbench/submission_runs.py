@@ -184,7 +184,7 @@ def not_valid(taken: Taken) -> list[str]:
         return []
     found = ["it is a shortened run"] if rules["shortened"] else []
     found += [_shown(gate) for gate in rules["gates"] if not gate["passed"]]
-    if rules["result"] == "INVALID":  # for a gate, or for a fact among these
+    if rules["result"] == "INVALID" and not found:  # for a fact among these
         told = verdict["findings"]
         found += [
             f"{each['code']}: {each['message']}" for each in told if each["level"] == "invalid"

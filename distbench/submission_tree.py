@@ -159,7 +159,8 @@ def code_files(place: Place, model: str, run: Taken) -> Tree:
         f"{WORDING}.\n\n"
         f"The code is distbench {_version(environment)}: `distbench.mlperf` lets MLCommons' "
         f"LoadGen {run.official['loadgen']}, unmodified, drive all ranks as one system.\n\n"
-        "    pip install 'distbench[mlperf]'\n"
+        "In a clone of it, at that commit:\n\n"
+        "    pip install '.[mlperf]'\n"
         f"    python -m distbench.mlperf --benchmark {run.official['benchmark']}\n\n"
         "The commands of the runs are in README.md of each scenario, in `measurements/`.\n"
     )

@@ -249,7 +249,7 @@ def weights_told(run: Run) -> dict[str, str]:
         "input_data_types": bench.inputs,
         # No reference has weights for what MLPerf does not have.
         "retraining": NONE if not official["listed"] else "no" if random else "",
-        "starting_weights_filename": digest if random else f"{named}, {digest}",
+        "starting_weights_filename": digest if random else ", ".join(filter(None, (named, digest))),
         "weight_data_types": stored,
         "weight_transformations": f"{change}; computed in TF32" if computed == "tf32" else change,
     }

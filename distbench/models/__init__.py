@@ -116,6 +116,8 @@ def load_model(spec: str, world: World, batch_size: int, dtype: str = "") -> Sys
         from distbench.models.resnet50 import build as build_resnet50  # noqa: PLC0415
 
         return build_resnet50(world.device, batch_size, world.now, dtype or "fp32", **values)
+    if name != "digits":
+        raise AssertionError(f"{name} is in OPTIONS and has no branch in load_model")
     from distbench.models.digits import build  # noqa: PLC0415
 
     return build(world.device, batch_size, world.now, dtype or "fp32", **values)

@@ -90,6 +90,7 @@ def _check(path: Path, queries: int) -> dict[str, float]:
     return dict(section)
 
 
+@pytest.mark.slow
 def test_a_driver_beside_rank_0_and_a_rank_with_a_clock_of_its_own(
     outs: tuple[Path, Path],
 ) -> None:
@@ -131,7 +132,8 @@ def test_a_driver_on_a_host_of_its_own(outs: tuple[Path, Path], tmp_path: Path) 
     assert copies[0] == copies[1]
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 2])
 def test_a_cut_cable_ends_all_and_what_completed_is_kept(
     outs: tuple[Path, Path], tmp_path: Path, victim: int
 ) -> None:

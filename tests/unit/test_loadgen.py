@@ -379,7 +379,7 @@ def test_a_driver_that_is_terminated_leaves_what_it_has(ranks: Ranks) -> None:
 
 def test_a_host_without_the_rounds_loadgen() -> None:
     check_installed("5.0.13", "mlperf")
-    with pytest.raises(UsageError, match=r"5\.0\.13 is installed.*distbench\[mlperf-v51\]"):
+    with pytest.raises(UsageError, match=r"5\.0\.13 is installed.*mlcommons-loadgen==5\.1\.2"):
         check_installed("5.1.2", "mlperf-v51")
 
 

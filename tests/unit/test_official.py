@@ -29,25 +29,38 @@ def test_a_benchmark_of_ours_brings_its_limits() -> None:
 
 
 def test_a_token_model_brings_limits_on_tokens() -> None:
-    plan = settled(Official("server", name="tinylm"), 1024, 1024, [10.0])
+    plan = settled(Official("server", name="tinylm"), 1024, 1024, [100.0])
     assert plan["tokens"] and not plan["shortened"]
     asked = [each.split(".")[2] for each in lines(plan)]
     assert asked == [
         "use_token_latencies = 1", "ttft_latency = 500", "tpot_latency = 50", "target_qps = 200",
     ]  # fmt: skip
     fast = Official("server", name="tinylm", rules="mlperf-v5.0,interactive")
-    asked = lines(settled(fast, 1024, 1024, [10.0]))
+    asked = lines(settled(fast, 1024, 1024, [100.0]))
     assert "tinylm-interactive.Server.ttft_latency = 200" in asked
 
 
 def test_a_benchmark_of_the_list_gets_nothing_but_a_rate() -> None:
-    plan = settled(Official("server", name="resnet50", target_qps=50.5), 1024, 1024, [10.0])
+    plan = settled(Official("server", name="resnet50", target_qps=50.5), 1024, 1024, [100.0])
     assert lines(plan) == ["resnet50.Server.target_qps = 50.5"]
     assert plan["listed"] and plan["resident"] == 1024
     whole = settled(Official("offline", name="resnet50"), 1024, 1024, [100.0])
     assert whole["capacity"] == int(1.1 * 600 * 110)
     few = settled(Official("offline", name="resnet50", rules=SHORT), 256, 256, [1.0])
     assert few["resident"] == 256
+
+
+def test_a_server_run_that_nobody_would_wait_for_is_refused() -> None:
+    """300,000 queries/s for 2 s are 600,000: at 1,000 a second ten minutes that nothing can stop."""
+    fast = Official("server", rules="mlperf-v5.0,shortened=2s", target_qps=300_000.0)
+    with pytest.raises(UsageError, match=r"busy for \d+ s.*give --target-qps 1e\+03 or less"):
+        settled(fast, 1797, 1797, [1000.0])
+    assert settled(fast, 1797, 1797, [100_000.0])["capacity"] > 500_000
+    every = Official("server", "accuracy", rules="mlperf-v5.0,shortened=2s", target_qps=300_000.0)
+    assert settled(every, 1797, 1797, [1000.0])["capacity"] == 1797
+    unscored = "TEST01 compares answers with those of accuracy mode"
+    with pytest.raises(UsageError, match=unscored):
+        Official("offline", "compliance", "resnet50", audit="TEST01")
 
 
 def test_the_users_conf_stands_first_and_is_not_repeated() -> None:
