@@ -65,10 +65,10 @@ LOGGED_AS = {
     "accuracy_log_sampling_target": "effective_accuracy_log_sampling_target",
     "performance_issue_same": "effective_performance_issue_same",
     "performance_issue_same_index": "effective_performance_issue_same_index",
-    "min_query_count": "effective_min_query_count",
     "min_duration": "effective_min_duration_ms",
 }
-"""Keys of audit.config as LoadGen logs what it made of them."""
+"""Keys of audit.config as LoadGen logs what it made of them; the number of queries depends on the
+scenario."""
 HASH_DIGITS = 16
 
 

@@ -280,7 +280,7 @@ def _rated_counts(
             raise agreed(
                 f"{made:,} queries at target_qps {qps:g} would keep these ranks busy for "
                 f"{made / rate:.3g} s, at the {rate:.4g} samples/s of their warm-up, and LoadGen "
-                f"cannot be stopped: give --target-qps {rate:.3g} or less"
+                f"cannot be stopped: give --target-qps {_number(float(f'{rate:.3g}'))} or less"
             )
         return {"target_qps": qps, "capacity": made}
     qps = value("target_qps", 1.0)

@@ -293,8 +293,8 @@ def test_test01_of_two_ranks(tmp_path: Path) -> None:
         )
     ]
     found = judge(*folders)
-    assert found["outputs"] == {"outputs": True}
-    assert found["TEST01"]["answers"] is True
+    assert found["outputs"]["outputs"] is True and found["outputs"]["valid (accuracy)"] is True
+    assert found["TEST01"]["answers"] is True and found["TEST01"]["audit.config"] is True
     logged = json.loads((Path(folders[2]) / "loadgen" / "mlperf_log_accuracy.json").read_text())
     assert 2_000 < len(logged) < 8_192, "about 4,096 of 66,000 answers"
     result = load_run(folders[2]).result()
@@ -349,7 +349,7 @@ def test_a_cache_is_found_in_server_whose_rate_hides_it(tmp_path: Path, cache: b
 def test_test06_looks_at_the_tokens_of_two_ranks(tmp_path: Path, scenario: str) -> None:
     options = {"mode": "compliance", "audit": "TEST06"}
     told = run(tmp_path, 2, scenario, "tinylm", **options, **QPS.get(scenario, {}))
-    names = ("errors", "first token", "end token", "length")
+    names = ("valid (TEST06)", "audit.config", "first token", "end token", "length")
     assert judge(told["folder"]) == {"TEST06": dict.fromkeys(names, True)}
     assert told["result"]["verdict"]["rules"]["result"] == "SHORTENED"
     assert told["result"]["window"]["samples"] == 100
