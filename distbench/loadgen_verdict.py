@@ -13,8 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from distbench.errors import DRIVER, where
+from distbench.errors import DRIVER
 from distbench.findings import Finding
+from distbench.forbidden import forbidden_found
 from distbench.gates import WORDING, Gate
 from distbench.metrics import NS, QUANTILES, metric
 from distbench.run import Run
@@ -322,7 +323,7 @@ def loadgen_found(run: Run) -> list[Finding]:
                 remedy="remove it from the driver's working directory",
             )
         )
-    found += _not_by_the_rules(run)
+    found += forbidden_found(run, official)
     if official["edited"]:
         found.append(
             Finding(
@@ -335,60 +336,4 @@ def loadgen_found(run: Run) -> list[Finding]:
                 remedy="take these lines out of user.conf",
             )
         )
-    return found
-
-
-def _not_by_the_rules(run: Run) -> list[Finding]:
-    """Return what of a rank the rules forbid, C and R: ECC off, answers taken from a cache."""
-    found, official = [], official_of(run) or {}
-    model = str(official.get("model", "")).partition(",")[0]
-    if official["listed"] and model != official["benchmark"]:
-        found.append(
-            Finding(
-                "invalid",
-                "benchmark-replaced",
-                f"{official['benchmark']} of MLPerf's list was served by "
-                f"{model or 'another model'}",
-                remedy="leave --model out, or give it that model with other options",
-            )
-        )
-    if official["listed"] and official["resident"] < official["samples_wanted"]:
-        found.append(
-            Finding(
-                "invalid",
-                "samples-few",
-                f"{official['benchmark']} has {official['samples_wanted']:,} samples loaded by the "
-                f"rules, and this run {official['resident']:,}",
-                value=official["resident"],
-                limit=official["samples_wanted"],
-                remedy="give a model with as many samples, such as --model "
-                f"{official['benchmark']},samples={official['samples_wanted']}",
-            )
-        )
-    for record in run.workers:
-        state = record.before.get("gpu_before") or {}
-        if state.get("ecc_mode") is False:
-            found.append(
-                Finding(
-                    "invalid",
-                    "ecc-off",
-                    f"{where(record.rank, record.host)}: ECC is off, and the datacenter rules ask "
-                    "for it",
-                    record.rank,
-                    record.host,
-                    remedy="turn it on (nvidia-smi -e 1, then a reboot), and run again",
-                )
-            )
-        if record.before["model"].get("prefix_caching"):
-            found.append(
-                Finding(
-                    "invalid",
-                    "prefix-caching",
-                    f"{where(record.rank, record.host)}: the engine keeps prefixes of earlier "
-                    "queries, which the rules forbid",
-                    record.rank,
-                    record.host,
-                    remedy="turn prefix caching off in the engine",
-                )
-            )
     return found

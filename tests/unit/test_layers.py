@@ -21,7 +21,8 @@ LAYERS = (
     "bounds scenarios load batching cells settings search histogram quantiles student stats "
     "steady run scores rank_files shape layout predict stages sharding sums windows times laps "
     "pool intervals metrics findings checks settled trust pace ruling operations transports fabric "
-    "fabric_verdict user_conf suite mllog compliance official mlperf_files loadgen_verdict "
+    "fabric_verdict user_conf suite mllog compliance official mlperf_files forbidden "
+    "loadgen_verdict "
     "floor_verdict verdict tried trail scaling report compare conditions launches wire pings "
     "liveness network cli joined waiting frames dispatch loadgen floor driver drivable talk",
     # The machine; torch.

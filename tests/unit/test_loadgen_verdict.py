@@ -104,7 +104,15 @@ def test_what_leaves_no_valid(
 
 
 def test_a_shortened_run_is_never_valid() -> None:
-    assert rules_and_codes(run(official={"shortened": True}))[0]["result"] == "SHORTENED"
+    made = run(
+        {"effective_min_duration_ms": 5_000},
+        {"shortened": True, "min_duration_ns": 5_000_000_000},
+    )
+    rules, codes = rules_and_codes(made)
+    assert rules["result"] == "SHORTENED" and "run-shortened" in codes
+    told = [f for f in result(made)["verdict"]["findings"] if f["code"] == "run-shortened"]
+    assert [(f["level"], f["value"], f["limit"]) for f in told] == [("info", 5.0, 600.0)]
+    assert "run-shortened" not in rules_and_codes(run())[1]
 
 
 def test_early_stopping_says_how_many_more() -> None:

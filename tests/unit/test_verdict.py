@@ -82,6 +82,7 @@ REMEDIES = {
     "replicas-left-out": "give --shard pp or tp",
     "rules-marginal": "lower the rate a little",
     "rules-too-short": "give --duration",
+    "run-shortened": "leave `shortened` out",
     "samples-capped": "give a shorter --duration",
     "samples-failed": "mend the model",
     "samples-few": "give a model with as many samples",
