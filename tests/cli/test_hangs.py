@@ -71,7 +71,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("place", ["factory", "load", "warm-up", "accuracy pass"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("factory", "load")),
+        "warm-up",
+        "accuracy pass",
+    ],
+)
 def test_a_model_that_hangs_outside_the_window_is_ended_and_named(
     tmp_path: Path, place: str
 ) -> None:

@@ -203,7 +203,9 @@ def _completed(path: Path) -> int:
 SLOW = ("--model", "sleep,per_sample=1ms", "--batch-size", "8", "--duration", "60s")
 
 
-@pytest.mark.parametrize("victims", [[1], [0], [0, 1]])
+@pytest.mark.parametrize(
+    "victims", [[1], *(pytest.param(each, marks=pytest.mark.slow) for each in ([0], [0, 1]))]
+)
 def test_sigkill_in_the_window_loses_no_completed_sample(
     tmp_path: Path, victims: list[int]
 ) -> None:

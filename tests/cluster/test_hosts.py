@@ -103,6 +103,7 @@ def test_two_hosts_with_decoys_and_debians_hosts_line_need_no_variable(
         assert there.read_bytes() == here.read_bytes(), name
 
 
+@pytest.mark.slow
 def test_lost_large_packets_are_refused_within_15_s_naming_the_mtu(
     hosts: rig.Hosts, outs: tuple[Path, Path]
 ) -> None:
@@ -188,7 +189,8 @@ print('full')
 """
 
 
-@pytest.mark.parametrize("host", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("host", [0, 1])
 def test_a_disk_that_fills_up_in_the_window_loses_no_sample(
     hosts: rig.Hosts, tmp_path: Path, host: int
 ) -> None:
