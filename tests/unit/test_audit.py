@@ -103,6 +103,11 @@ def test_a_faster_sample_fails_though_the_rate_is_the_offered_one(tmp_path: Path
     (made,) = judged([found["performance"], cached])
     names = ("valid (performance)", "valid (TEST04)", "audit.config", "score")
     assert passed(made) == {**dict.fromkeys(names, True), "same-sample": False}
+    verdict = {**cached.result["verdict"], "status": "INVALID"}
+    disturbed = replace(cached, result={**cached.result, "verdict": verdict})
+    (open_,) = judged([found["performance"], disturbed])
+    assert passed(open_)["same-sample"] is None and not open_.passed
+    assert "repeat both" in open_.checks[-1].told
 
 
 def test_what_proves_nothing(tmp_path: Path) -> None:
