@@ -4,8 +4,8 @@
     TEST04   one sample, issued again and again, is not answered faster
     TEST06   the first token told early is the answer's first, at most one end token, true counts
 
-Beside TEST04 stands ``same_sample``, which knows that of a latency less is faster, and beside
-TEST01 ``same_hashes``, of outputs that every performance run keeps.
+Beside TEST04 stands ``same_sample``, which looks at what the ranks took, and beside TEST01
+``same_hashes``, of outputs that every performance run keeps.
 
 Source: mlcommons/inference, tag v5.0.1, compliance/nvidia/TEST01, TEST04 and TEST06: audit.config,
 README.md, verify_accuracy.py, verify_performance.py, run_verification.py.

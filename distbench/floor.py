@@ -1,8 +1,8 @@
 """What LoadGen and dispatch cost alone: a short run of LoadGen's with replicas that do nothing.
 
-It is taken right after an official run, by the same processes over the same links, and its logs are
-read and not kept. What of the official run is less than ``NEAR`` times as long tells of the harness
-as much as of the system.
+It is taken after an official run, when what that left is on disk, by the same processes over the
+same links, and its logs are read and not kept. What of the official run is less than ``NEAR``
+times as long tells of the harness as much as of the system.
 """
 
 from __future__ import annotations

@@ -340,6 +340,9 @@ def test_a_cache_is_found_in_server_whose_rate_hides_it(tmp_path: Path, cache: b
     checks = judge(*folders)["TEST04"]
     assert checks["score"] is True, "MLCommons' rule sees nothing: the rate is the offered one"
     assert checks["same-sample"] is not cache
+    (made,) = judged([read_audited(Path(each)) for each in folders])
+    times = float(made.checks[-1].told.split()[0])
+    assert times > 2 if cache else 0.8 < times < 1.25, "whatever the host's other work was"
     issued = load_run(folders[1]).driver
     assert issued is not None and len(set(issued.column("index").tolist())) == 1
 
